@@ -1,0 +1,35 @@
+"""AmorLIP for Transformers. Importing this package registers the model with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    CLIPProcessor,
+)
+
+from .configuration_amorlip import AmorLIPAmortizerConfig, AmorLIPConfig
+from .loss_amorlip import amortization_loss, amortized_contrastive_loss, log_partitions
+from .modeling_amorlip import AmorLIPAmortizer, AmorLIPModel, AmorLIPOutput, AmorLIPPreTrainedModel
+
+
+AutoConfig.register("amorlip", AmorLIPConfig)
+AutoModel.register(AmorLIPConfig, AmorLIPModel)
+AutoModelForZeroShotImageClassification.register(AmorLIPConfig, AmorLIPModel)
+AutoProcessor.register(AmorLIPConfig, CLIPProcessor)
+
+# Saved folders carry this code, so that they load with trust_remote_code=True where the package is not installed.
+AmorLIPConfig.register_for_auto_class()
+AmorLIPModel.register_for_auto_class("AutoModel")
+
+__all__ = [
+    "AmorLIPAmortizer",
+    "AmorLIPAmortizerConfig",
+    "AmorLIPConfig",
+    "AmorLIPModel",
+    "AmorLIPOutput",
+    "AmorLIPPreTrainedModel",
+    "amortization_loss",
+    "amortized_contrastive_loss",
+    "log_partitions",
+]

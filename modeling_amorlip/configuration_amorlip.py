@@ -1,0 +1,113 @@
+"""Configuration of AmorLIP: two encoders of any kind, their projections and the amortizer heads."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+
+HEAD_TYPES = ("residual_mlp",)
+
+
+@strict
+class AmorLIPAmortizerConfig(PreTrainedConfig):
+    r"""
+    The heads that predict log-partitions from embeddings (paper Section 3.2 and Appendix).
+
+    Args:
+        head_type (`str`, defaults to `"residual_mlp"`): the three-layer residual MLP of the paper.
+        width_factor (`float`, defaults to 0.5): hidden width of the MLP as a multiple of `projection_dim` (f_d).
+    """
+
+    model_type = "amorlip_amortizer"
+    base_config_key = "amortizer_config"
+
+    head_type: str = "residual_mlp"
+    width_factor: float | int = 0.5
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation."""
+        if self.head_type not in HEAD_TYPES:
+            raise ValueError(f"amortizer_config.head_type is {self.head_type!r}; choose one of {', '.join(HEAD_TYPES)}.")
+        if self.width_factor <= 0:
+            raise ValueError(f"amortizer_config.width_factor is {self.width_factor}; it must be above 0.")
+
+
+@strict
+class AmorLIPConfig(PreTrainedConfig):
+    r"""
+    Configuration of an [`AmorLIPModel`].
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*): any Transformers vision encoder's configuration; a
+            `dict` names it by its `model_type`. Defaults to `CLIPVisionConfig()`.
+        text_config (`dict` or `PreTrainedConfig`, *optional*): any Transformers text encoder's configuration. Defaults
+            to `CLIPTextConfig()`.
+        amortizer_config (`dict` or `AmorLIPAmortizerConfig`, *optional*): the amortizer heads.
+        projection_dim (`int`, defaults to 512): d, the size of the shared embedding space.
+        logit_scale_init_value (`float`, defaults to 2.6592): *logarithm* of the initial logit scale; log(1 / 0.07).
+        logit_bias_init_value (`float`, *optional*): initial logit bias; without it the model has none.
+
+    Example:
+
+    ```python
+    >>> from modeling_amorlip import AmorLIPConfig, AmorLIPModel
+
+    >>> config = AmorLIPConfig(vision_config={"model_type": "convnextv2"}, projection_dim=256)
+    >>> model = AmorLIPModel(config)
+    ```"""
+
+    model_type = "amorlip"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "amortizer_config": AmorLIPAmortizerConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    amortizer_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 512
+    logit_scale_init_value: float | int = 2.6592
+    logit_bias_init_value: float | int | None = None
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = _encoder_config(self.vision_config, "vision_config", "clip_vision_model")
+        self.text_config = _encoder_config(self.text_config, "text_config", "clip_text_model")
+        if not isinstance(self.amortizer_config, AmorLIPAmortizerConfig):
+            self.amortizer_config = AmorLIPAmortizerConfig(**_as_dict(self.amortizer_config))
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation."""
+        if self.projection_dim < 1:
+            raise ValueError(f"projection_dim is {self.projection_dim}; it must be at least 1.")
+        image_size = getattr(self.vision_config, "image_size", None)
+        patch_size = getattr(self.vision_config, "patch_size", None)
+        if isinstance(image_size, int) and isinstance(patch_size, int) and image_size % patch_size:
+            below = max(image_size - image_size % patch_size, patch_size)
+            raise ValueError(
+                f"vision_config.image_size ({image_size}) is not a multiple of vision_config.patch_size ({patch_size}): "
+                f"the patches would leave a border unseen. Use image_size {below} or {below + patch_size}, "
+                "or another patch_size."
+            )
+
+
+def _as_dict(config: dict | PreTrainedConfig | None) -> dict:
+    """A plain dictionary of keyword arguments; `None` stands for the defaults."""
+    config = config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config or {})
+    return {key: value for key, value in config.items() if key != "model_type"}
+
+
+def _encoder_config(config: dict | PreTrainedConfig | None, field: str, default_type: str) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    model_type = (config or {}).get("model_type", default_type)
+    try:
+        return AutoConfig.for_model(model_type, **_as_dict(config))
+    except (ValueError, TypeError) as error:
+        if "Unrecognized model identifier" in str(error):
+            raise ValueError(
+                f"{field}.model_type is {model_type!r}, which Transformers does not know; "
+                f"name an encoder such as {default_type!r}."
+            ) from None
+        raise ValueError(f"{field}: {error}") from None
+
+
+__all__ = ["AmorLIPAmortizerConfig", "AmorLIPConfig"]

@@ -1,0 +1,33 @@
+"""Packaging of AmorLIP. torch is not pinned to a build: install the one for your machine first."""
+
+from setuptools import setup
+
+
+setup(
+    name="amorlip",
+    version="0.1.0",
+    description="AmorLIP: efficient language-image pretraining via amortized partition functions",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["modeling_amorlip", "training", "training.objectives", "eval"],
+    package_data={"training": ["recipes/*.yaml"], "eval": ["*.yaml"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.10",  # towers, Auto classes, processors, pipelines
+        "huggingface_hub",  # strict configuration classes; the Hub
+        "safetensors",  # the only format weights are written in
+    ],
+    extras_require={
+        "train": [
+            "accelerate>=1.10",  # devices, precision, processes, trackers
+            "datasets>=4.0",  # any source of pairs
+            "pillow",  # decoding and augmentation
+            "pyyaml",  # recipes
+            "tokenizers",  # training a BPE on the captions
+            "tqdm",  # progress bar
+            "matplotlib",  # curves and contact sheets
+        ],
+        "eval": ["datasets>=4.0", "pillow", "pyyaml", "matplotlib"],
+        "dev": ["pytest", "ruff", "resvg-py"],  # tests; lint; rendering the demo's emoji
+    },
+)
