@@ -1,0 +1,242 @@
+"""Typed, validated configuration of a training run: a YAML recipe, overridden from the command line.
+
+    accelerate launch training/pretrain.py --config training/recipes/emoji_demo.yaml --learning_rate 5e-4
+
+Every field below can stand in the recipe and on the command line; members of a mapping are reached with a dot, as in
+`--augmentation.rotation 15` or `--vision_config.hidden_size 192`. An unknown field is refused, naming the nearest one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from eval.errors import UserError
+
+
+def _field(default: Any, help: str) -> Any:
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Augmentation:
+    """Random changes to training images. The defaults are the paper's: a slight crop and nothing else."""
+
+    crop_scale: list[float] = _field([0.9, 1.0], "range of the crop's area, as a fraction of the image's")
+    crop_ratio: list[float] = _field([0.75, 4 / 3], "range of the crop's width / height")
+    horizontal_flip: float = _field(0.0, "probability of a mirror image")
+    rotation: float = _field(0.0, "largest rotation, degrees either way")
+    translation: float = _field(0.0, "largest shift, as a fraction of the side")
+    zoom: list[float] = _field([1.0, 1.0], "range of magnification; below 1 the border is continued")
+    color_jitter: float = _field(0.0, "largest change of brightness, contrast and saturation, as a fraction")
+
+    def __post_init__(self):
+        _check_types(self, "augmentation.")
+        for name in ("crop_scale", "crop_ratio", "zoom"):
+            value = getattr(self, name)
+            if len(value) != 2 or not 0 < value[0] <= value[1]:
+                raise UserError(f"augmentation.{name} must be two numbers [low, high] with 0 < low <= high, got {value}.")
+        if self.crop_scale[1] > 1:
+            raise UserError(f"augmentation.crop_scale {self.crop_scale} reaches above 1; a crop cannot exceed the image.")
+        for name, limit in (("horizontal_flip", 1), ("rotation", 180), ("translation", 1), ("color_jitter", 1)):
+            if not 0 <= getattr(self, name) <= limit:
+                raise UserError(f"augmentation.{name} must lie in 0 to {limit}, got {getattr(self, name)}.")
+
+
+@dataclass
+class PretrainArguments:
+    """All of a run's settings; `help` of each field gives unit and meaning."""
+
+    # Output
+    output_dir: str = _field("", "folder for the model, checkpoints and metrics (required)")
+    resume_from_checkpoint: str | None = _field(None, "'latest', or a folder checkpoints/step_XXXXXXXX")
+    checkpoint_every: int = _field(1000, "steps between checkpoints")
+    keep_last: int = _field(2, "number of checkpoints kept")
+    log_every: int = _field(10, "steps between lines of metrics.jsonl")
+    eval_every: int = _field(0, "steps between evaluations; 0 evaluates at the end only")
+    eval_tasks: list[str] = _field([], "tasks of eval/run.py to run on the model")
+    report_to: str = _field("none", "tracker for Accelerate's log_with: none, tensorboard, wandb, ...")
+    # Data
+    train_data: str = _field("", "parquet, CSV or JSON file, image folder, saved data set or Hub name (required)")
+    train_split: str = _field("train", "split of the data set")
+    image_column: str = _field("image", "column of images")
+    caption_column: str = _field("caption", "column of captions")
+    alternative_captions_column: str | None = _field(None, "column of lists of captions, one of which is drawn a time")
+    keywords_column: str | None = _field(None, "column of lists of keywords to mix into captions")
+    keywords_probability: float = _field(0.5, "share of captions that get keywords, with keywords_column")
+    group_column: str | None = _field(None, "column whose values should not meet in a batch (avoids false negatives)")
+    augmentation: dict = _field({}, "random changes to images")
+    dataloader_num_workers: int = _field(1, "processes that decode, for each training process")
+    # Model
+    model: str | None = _field(None, "folder or Hub name to continue from, with processor; else the model is fresh")
+    vision_config: dict = _field({}, "image encoder, any Transformers configuration with its model_type")
+    text_config: dict = _field({}, "text encoder; vocab_size limits a tokenizer trained here")
+    amortizer_config: dict = _field({}, "amortizer heads: head_type, width_factor")
+    projection_dim: int = _field(512, "size of the embedding space")
+    logit_scale_init_value: float = _field(2.6592, "logarithm of the initial logit scale")
+    tokenizer: str | None = _field(None, "name or folder; else one is trained on the captions")
+    # Objective
+    objective: str = _field("amorlip", "training/objectives: amorlip, clip")
+    objective_args: dict = _field({}, "settings of the objective, see its file")
+    negatives: Literal["global", "local"] = _field("global", "negatives from all processes, or from each its own")
+    # Optimisation
+    seed: int = _field(0, "of initialisation, order and augmentation")
+    num_train_epochs: int = _field(1, "passes over the data")
+    max_steps: int = _field(-1, "stop after so many steps; -1 leaves it to num_train_epochs")
+    per_device_train_batch_size: int = _field(128, "pairs a process and step")
+    learning_rate: float = _field(1e-3, "AdamW's, at its peak")
+    logit_scale_learning_rate: float = _field(1e-4, "the logit scale's own, at its peak")
+    logit_scale_slow_above: float | None = _field(None, "logit scale above which its learning rate is a third")
+    max_logit_scale: float = _field(100.0, "upper bound of the logit scale")
+    weight_decay: float = _field(0.2, "AdamW's, on matrices only")
+    adam_beta1: float = _field(0.9, "AdamW's")
+    adam_beta2: float = _field(0.98, "AdamW's")
+    adam_epsilon: float = _field(1e-6, "AdamW's")
+    warmup_steps: int = _field(0, "steps of linear warm-up before the cosine")
+    max_grad_norm: float = _field(1.0, "norm that gradients are clipped to; 0 turns clipping off")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _field("auto", "auto is bf16 on a GPU that has it")
+    gradient_checkpointing: bool = _field(False, "recompute activations in the backward pass to save memory")
+
+    def __post_init__(self):
+        _check_types(self)
+        for name in ("output_dir", "train_data"):
+            if not getattr(self, name):
+                raise UserError(f"{name} is not set: name it in the recipe or as --{name} PATH.")
+        for name in ("per_device_train_batch_size", "num_train_epochs", "checkpoint_every", "keep_last", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("eval_every", "warmup_steps", "dataloader_num_workers", "weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        for name in ("learning_rate", "logit_scale_learning_rate", "adam_epsilon"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}.")
+        if not 0 <= self.keywords_probability <= 1:
+            raise UserError(f"keywords_probability must lie in 0 to 1, got {self.keywords_probability}.")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UserError(f"max_steps must be -1 (no limit) or at least 1, got {self.max_steps}.")
+        if self.eval_every and not self.eval_tasks:
+            raise UserError(f"eval_every is {self.eval_every} but eval_tasks is empty: name tasks, or set eval_every to 0.")
+        if self.model and (self.vision_config or self.text_config):
+            raise UserError("model and vision_config/text_config contradict each other: a model brings its own; drop one.")
+        if self.model and self.tokenizer:
+            raise UserError("model and tokenizer contradict each other: a model brings its own tokenizer; drop one.")
+
+    @property
+    def parsed_augmentation(self) -> Augmentation:
+        return build(Augmentation, self.augmentation, "augmentation.")
+
+
+def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """A `cls` dataclass from a mapping; an unknown field raises `UserError` naming the nearest."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in values:
+        if name not in known:
+            raise UserError(unknown_name("field", name, known, prefix))
+    return cls(**values)
+
+
+def unknown_name(kind: str, name: str, known: list[str], prefix: str = "") -> str:
+    """The message for a name that does not exist."""
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"there are: {', '.join(known)}."
+    return f"Unknown {kind} {prefix}{name}: {hint}"
+
+
+def parse_arguments(argv: list[str]) -> PretrainArguments:
+    """Reads `--config RECIPE [--field value ...]`; raises `UserError` on whatever is wrong with it."""
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        raise SystemExit(0)
+    overrides = _read_overrides(argv)
+    config = overrides.pop("config", None)
+    values = _read_recipe(str(config)) if config is not None else {}
+    for key, value in overrides.items():
+        *parents, leaf = key.split(".")
+        target = values
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise UserError(f"--{key}: {parent} is not a mapping.")
+        target[leaf] = value
+    return build(PretrainArguments, values)
+
+
+def _read_overrides(argv: list[str]) -> dict[str, Any]:
+    overrides, rest = {}, list(argv)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise UserError(f"Expected --field value, got {flag!r}; see --help.")
+        name, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"--{name} needs a value.")
+            value = rest.pop(0)
+        overrides[name] = yaml.safe_load(value)
+    return overrides
+
+
+def _read_recipe(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise UserError(f"--config {path}: there is no such file; recipes lie in training/recipes/.")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} must hold fields and values, one a line.")
+    return values
+
+
+def _check_types(instance: Any, prefix: str = "") -> None:
+    """Checks every field against its annotation; numbers are converted (YAML reads 1e-3 as text)."""
+    for name, hint in typing.get_type_hints(type(instance)).items():
+        value = getattr(instance, name)
+        try:
+            setattr(instance, name, _convert(value, hint))
+        except (TypeError, ValueError):
+            expected = getattr(hint, "__name__", str(hint)).replace("typing.", "")
+            raise UserError(f"{prefix}{name} must be {expected}, got {value!r}.") from None
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(value, next(m for m in members if m is not type(None)))
+    if origin is Literal:
+        # YAML reads a bare `no` as False.
+        value = "no" if value is False and "no" in members else value
+        if value not in members:
+            raise ValueError
+        return value
+    if origin is list:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError
+        return [_convert(v, members[0]) for v in value]
+    if hint is float and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, bool) and hint is not bool or not isinstance(value, hint):
+        raise TypeError
+    return value
+
+
+def help_text() -> str:
+    """Every field with type, default and meaning."""
+    lines = [__doc__.strip(), "", "Fields:"]
+    for cls, prefix in ((PretrainArguments, ""), (Augmentation, "augmentation.")):
+        for f in dataclasses.fields(cls):
+            default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+            lines.append(f"  --{prefix}{f.name} ({f.type}, default {default!r})\n        {f.metadata['help']}")
+    return "\n".join(lines)

@@ -1,0 +1,120 @@
+"""The model and its processor for a run: continued from a folder or the Hub, or fresh with a tokenizer of its own."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
+
+from eval.errors import UserError
+from modeling_amorlip import AmorLIPConfig, AmorLIPModel
+
+from .arguments import PretrainArguments
+
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def build_model(arguments: PretrainArguments, captions) -> tuple[AmorLIPModel, CLIPProcessor]:
+    """The model with its processor; `captions` is an iterable of texts to train a tokenizer on when none is named."""
+    if arguments.model:
+        try:
+            model = AutoModel.from_pretrained(arguments.model)
+            processor = AutoProcessor.from_pretrained(arguments.model)
+        except (OSError, ValueError) as error:
+            raise UserError(f"model {arguments.model} cannot be loaded: {error}") from None
+        if not isinstance(model, AmorLIPModel):
+            raise UserError(f"model {arguments.model} is a {type(model).__name__}; an AmorLIPModel is needed.")
+        return model, processor
+    tokenizer = _build_tokenizer(arguments, captions)
+    # A tokenizer trained here may find fewer tokens than allowed: the embedding table has just what is used.
+    text_config = dict(arguments.text_config)
+    text_config |= {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        config = AmorLIPConfig(
+            vision_config=arguments.vision_config,
+            text_config=text_config,
+            amortizer_config=arguments.amortizer_config,
+            projection_dim=arguments.projection_dim,
+            logit_scale_init_value=arguments.logit_scale_init_value,
+        )
+        model = AmorLIPModel(config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"The model cannot be built: {error}") from None
+    tokenizer.model_max_length = config.text_config.max_position_embeddings
+    size = config.vision_config.image_size
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_convert_rgb=True
+    )
+    return model, CLIPProcessor(image_processor, tokenizer)
+
+
+def _build_tokenizer(arguments: PretrainArguments, captions):
+    if arguments.tokenizer:
+        try:
+            return AutoTokenizer.from_pretrained(arguments.tokenizer)
+        except (OSError, ValueError) as error:
+            raise UserError(f"tokenizer {arguments.tokenizer} cannot be loaded: {error}") from None
+    return train_tokenizer(captions, arguments.text_config.get("vocab_size", 49408))
+
+
+def train_tokenizer(captions, vocab_size: int) -> CLIPTokenizer:
+    """A byte-level BPE of CLIP's form (lower-cased, end-of-word marks, start and end tokens) trained on captions.
+
+    Raises:
+        UserError: `vocab_size` leaves no room for merges beside the bytes and the two special tokens.
+    """
+    characters = sorted(ByteLevel.alphabet())
+    smallest = 2 * len(characters) + 2
+    if vocab_size <= smallest:
+        raise UserError(f"text_config.vocab_size is {vocab_size}; a tokenizer trained here needs more than {smallest}.")
+    backend = CLIPTokenizer(vocab={START: 0, END: 1}, merges=[]).backend_tokenizer
+    # Every byte is a token in both forms, inside a word and at its end, so that any text can be encoded.
+    trainer = BpeTrainer(
+        vocab_size=vocab_size - len(characters),
+        special_tokens=[START, END],
+        initial_alphabet=characters,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    backend.train_from_iterator(captions, trainer)
+    vocab = backend.get_vocab()
+    for character in characters:
+        vocab.setdefault(f"{character}</w>", len(vocab))
+    merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges)
+
+
+class PairEncoder(nn.Module):
+    """What is wrapped for distribution: pixels and tokens in, unit-norm embeddings and the logit scale out.
+
+    The amortizer stays outside: the objective fits it on detached embeddings with an optimiser of its own.
+    """
+
+    def __init__(self, model: AmorLIPModel, image_mean: list[float], image_std: list[float]):
+        super().__init__()
+        self.model = model
+        model.amortizer.requires_grad_(False)
+        self.mean = nn.Buffer(255 * torch.tensor(image_mean).view(3, 1, 1), persistent=False)
+        self.std = nn.Buffer(255 * torch.tensor(image_std).view(3, 1, 1), persistent=False)
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor):
+        """uint8 [N, 3, H, W], [N, length] twice -> (image_embeds [N, d], text_embeds [N, d], scale [], bias [] or None)."""
+        pixels = (pixel_values.float() - self.mean) / self.std
+        image_embeds = self.model.get_image_features(pixels).pooler_output
+        text_embeds = self.model.get_text_features(input_ids, attention_mask).pooler_output
+        return (
+            nn.functional.normalize(image_embeds.float(), dim=-1),
+            nn.functional.normalize(text_embeds.float(), dim=-1),
+            self.model.logit_scale.exp(),
+            self.model.logit_bias,
+        )

@@ -1,0 +1,33 @@
+"""Trains AmorLIP (or a rival objective) from a recipe.
+
+    accelerate launch training/pretrain.py --config training/recipes/emoji_demo.yaml     # ten minutes on two CPU cores
+    accelerate launch --num_processes 8 training/pretrain.py --config RECIPE.yaml --train_data DATA
+    accelerate launch training/pretrain.py --config RECIPE.yaml --resume_from_checkpoint latest
+
+`--help` lists every field.
+"""
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, without installation
+
+from eval.errors import UserError  # noqa: E402
+from training.arguments import parse_arguments  # noqa: E402
+
+
+def main() -> int:
+    try:
+        arguments = parse_arguments(sys.argv[1:])
+        from training.trainer import Trainer  # late: --help and a mistyped field need not wait for torch
+
+        Trainer(arguments).train()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
