@@ -16,6 +16,9 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from eval.errors import UserError
+from eval.plots import training_curves
+from eval.run import evaluate, print_table
+from eval.tasks import load_task
 
 from .arguments import PretrainArguments, build, unknown_name
 from .checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
@@ -47,6 +50,7 @@ class Trainer:
         except (TypeError, ValueError) as error:
             raise UserError(f"objective_args: {error}") from None
         augmentation = arguments.parsed_augmentation
+        self.tasks = [load_task(name) for name in arguments.eval_tasks]
 
         self.accelerator = Accelerator(
             mixed_precision=_precision(arguments.mixed_precision),
@@ -178,15 +182,17 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _evaluate(self, final: bool = False) -> None:
-        if not self.arguments.eval_tasks:
-            return
+        """Runs `eval_tasks`; after the last step also draws the curves, and a contact sheet a task."""
         if self.accelerator.is_main_process:
-            from eval.run import evaluate_tasks
-
-            results = evaluate_tasks(self.model, self.processor, self.arguments.eval_tasks)
-            line = {"step": self.state.step, "results": results}
-            _append_line(self.output_dir / "eval.jsonl", line)
-            self._say_results(results)
+            results = []
+            for task in self.tasks:
+                sheet = self.output_dir / f"{task.name}.png" if final else None
+                results += evaluate(self.model, self.processor, task, sheet=sheet)
+            if results:
+                _append_line(self.output_dir / "eval.jsonl", {"step": self.state.step, "results": results})
+                print_table(results)
+            if final:
+                training_curves(self.output_dir / "metrics.jsonl", self.output_dir / "training_curves.png")
         self.encoder.train()
         self.accelerator.wait_for_everyone()
 
@@ -246,10 +252,6 @@ class Trainer:
             f"Augment     {augmentation}\n"
             f"Start       {f'step {self.state.step} of {checkpoint}' if checkpoint else 'step 0'}"
         )
-
-    def _say_results(self, results: list[dict]) -> None:
-        for result in results:
-            print(f"step {self.state.step}  {result['task']:<20} {result['metric']:<32} {100 * result['value']:6.2f} %")
 
 
 def _precision(requested: str) -> str:
