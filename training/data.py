@@ -72,6 +72,8 @@ def _open(source: str, split: str) -> datasets.Dataset:
     except UserError:
         raise
     except Exception as error:  # datasets raises many kinds; the user needs the source and the reason
+        if "corresponds to no data" in str(error):
+            raise UserError(f"train_data {source} has no rows.") from None
         raise UserError(f"train_data {source} (split {split!r}) cannot be read: {error}") from None
 
 
@@ -252,4 +254,5 @@ def make_dataloader(pairs, arguments, image_size, tokenizer, max_length, sampler
         num_workers=arguments.dataloader_num_workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if arguments.dataloader_num_workers else None,
+        generator=torch.Generator(),  # else iterating draws from the generator that a checkpoint restores
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
@@ -19,8 +21,13 @@ from .arguments import PretrainArguments
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def build_model(arguments: PretrainArguments, captions) -> tuple[AmorLIPModel, CLIPProcessor]:
-    """The model with its processor; `captions` is an iterable of texts to train a tokenizer on when none is named."""
+def build_model(arguments: PretrainArguments, captions, resumed: Path | None = None):
+    """(model, processor) of a run.
+
+    Args:
+        captions: texts to train a tokenizer on when none is named.
+        resumed: folder of the run that is continued, whose tokenizer is taken whatever the captions are by now.
+    """
     if arguments.model:
         try:
             model = AutoModel.from_pretrained(arguments.model)
@@ -30,7 +37,7 @@ def build_model(arguments: PretrainArguments, captions) -> tuple[AmorLIPModel, C
         if not isinstance(model, AmorLIPModel):
             raise UserError(f"model {arguments.model} is a {type(model).__name__}; an AmorLIPModel is needed.")
         return model, processor
-    tokenizer = _build_tokenizer(arguments, captions)
+    tokenizer = _build_tokenizer(str(resumed) if resumed else arguments.tokenizer, arguments, captions)
     # A tokenizer trained here may find fewer tokens than allowed: the embedding table has just what is used.
     text_config = dict(arguments.text_config)
     text_config |= {
@@ -48,8 +55,8 @@ def build_model(arguments: PretrainArguments, captions) -> tuple[AmorLIPModel, C
             logit_scale_init_value=arguments.logit_scale_init_value,
         )
         model = AmorLIPModel(config)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"The model cannot be built: {error}") from None
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"The model cannot be built: {error.__cause__ or error}") from None
     tokenizer.model_max_length = config.text_config.max_position_embeddings
     size = config.vision_config.image_size
     image_processor = CLIPImageProcessor(
@@ -58,12 +65,12 @@ def build_model(arguments: PretrainArguments, captions) -> tuple[AmorLIPModel, C
     return model, CLIPProcessor(image_processor, tokenizer)
 
 
-def _build_tokenizer(arguments: PretrainArguments, captions):
-    if arguments.tokenizer:
+def _build_tokenizer(source: str | None, arguments: PretrainArguments, captions):
+    if source:
         try:
-            return AutoTokenizer.from_pretrained(arguments.tokenizer)
+            return AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
-            raise UserError(f"tokenizer {arguments.tokenizer} cannot be loaded: {error}") from None
+            raise UserError(f"tokenizer {source} cannot be loaded: {error}") from None
     return train_tokenizer(captions, arguments.text_config.get("vocab_size", 49408))
 
 
@@ -78,20 +85,17 @@ def train_tokenizer(captions, vocab_size: int) -> CLIPTokenizer:
     if vocab_size <= smallest:
         raise UserError(f"text_config.vocab_size is {vocab_size}; a tokenizer trained here needs more than {smallest}.")
     backend = CLIPTokenizer(vocab={START: 0, END: 1}, merges=[]).backend_tokenizer
-    # Every byte is a token in both forms, inside a word and at its end, so that any text can be encoded.
+    # Every byte is a token in both forms, inside a word and at its end, so that any text can be encoded. Listing them
+    # all beforehand also fixes their order, which the trainer would take from a hash map, another in every process.
     trainer = BpeTrainer(
-        vocab_size=vocab_size - len(characters),
-        special_tokens=[START, END],
-        initial_alphabet=characters,
+        vocab_size=vocab_size,
+        special_tokens=[START, END, *characters, *(f"{character}</w>" for character in characters)],
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     backend.train_from_iterator(captions, trainer)
-    vocab = backend.get_vocab()
-    for character in characters:
-        vocab.setdefault(f"{character}</w>", len(vocab))
     merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
-    return CLIPTokenizer(vocab=vocab, merges=merges)
+    return CLIPTokenizer(vocab=backend.get_vocab(), merges=merges)
 
 
 class PairEncoder(nn.Module):

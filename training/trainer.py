@@ -53,6 +53,7 @@ class Trainer:
         self.tasks = [load_task(name) for name in arguments.eval_tasks]
 
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # said outright, or several CPU processes do not find each other
             mixed_precision=_precision(arguments.mixed_precision),
             log_with=None if arguments.report_to == "none" else arguments.report_to,
             project_dir=arguments.output_dir,
@@ -60,7 +61,9 @@ class Trainer:
         set_seed(arguments.seed)
         with self.accelerator.main_process_first():  # one process converts the data, the others read its cache
             pairs = load_pairs(arguments)
-        model, self.processor = build_model(arguments, pairs[arguments.caption_column])
+        model, self.processor = build_model(
+            arguments, pairs[arguments.caption_column], self.output_dir if checkpoint is not None else None
+        )
         if arguments.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.model = model
@@ -178,7 +181,6 @@ class Trainer:
             self.model.amortizer.load_state_dict(self.objective.amortizer.state_dict())
         if self.accelerator.is_main_process:
             self.model.save_pretrained(self.output_dir)
-            self.processor.save_pretrained(self.output_dir)
         self.accelerator.wait_for_everyone()
 
     def _evaluate(self, final: bool = False) -> None:
@@ -205,6 +207,7 @@ class Trainer:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
         config = {"arguments": dataclasses.asdict(self.arguments), "versions": _versions()}
+        self.processor.save_pretrained(self.output_dir)  # a resumed run reads its tokenizer here
         (self.output_dir / "run_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         # Lines of steps that a stopped run did after its last checkpoint are done again, so they go.
         for name in ("metrics.jsonl", "eval.jsonl"):

@@ -51,14 +51,15 @@ def concept_of(emoji: str) -> str:
     return "-".join(f"{ord(character):x}" for character in emoji if character != "\ufe0f")
 
 
-def draw(icons: dict, name: str) -> bytes:
-    """An icon as a palette PNG of SIZE x SIZE pixels: cropped to what is drawn, centred on white."""
+def draw(icons: dict, name: str, crop: bool) -> bytes:
+    """An icon as a palette PNG of SIZE x SIZE pixels on white; `crop` cuts it to what is drawn, and centres that."""
     icon = icons["icons"][icons.get("aliases", {}).get(name, {}).get("parent", name)]
     box = {key: icon.get(key, icons.get(key, default)) for key, default in dict(left=0, top=0, width=16, height=16).items()}
     view_box = f"{box['left']} {box['top']} {box['width']} {box['height']}"
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{view_box}" width="192" height="192">{icon["body"]}</svg>'
     drawing = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, dpi=96)))).convert("RGBA")
-    drawing = drawing.crop(drawing.getchannel("A").getbbox())
+    if crop:
+        drawing = drawing.crop(drawing.getchannel("A").getbbox())
     side = max(drawing.size)
     canvas = Image.new("RGBA", (side, side), "white")
     canvas.alpha_composite(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2))
@@ -104,7 +105,7 @@ def build() -> None:
         for style, (package, license) in STYLES.items():
             icons, found = icons_of(package, folder, concepts)
             for concept, name in found.items():
-                image = {"bytes": draw(icons, name), "path": None}
+                image = {"bytes": draw(icons, name, crop=True), "path": None}
                 row = {"image": image, **concepts[concept], "style": style, "concept": concept, "license": license}
                 rows.append(row)
         rows.sort(key=lambda row: (row["concept"], row["style"]))
@@ -113,7 +114,8 @@ def build() -> None:
         icons, found = icons_of(HELD_OUT, folder, concepts)
         held_out = {concepts[c]["caption"]: name for c, name in found.items() if concepts[c]["category"] != "Flags"}
         classes = sorted(held_out)
-        rows = [{"image": {"bytes": draw(icons, held_out[c]), "path": None}, "label": i} for i, c in enumerate(classes)]
+        # Left on its page as published: nobody crops the pictures that a model meets later.
+        rows = [{"image": {"bytes": draw(icons, held_out[c], crop=False), "path": None}, "label": i} for i, c in enumerate(classes)]
         features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)}
         save(rows, datasets.Features(features), "openmoji.parquet")
         text = {"classes": classes, "templates": ["{}", "an emoji of {}"]}

@@ -1,0 +1,87 @@
+"""Small real things to test with: emoji of the demo set, a run's arguments, commands as a user types them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import datasets
+
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "demo_data/emoji"
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(2)
+
+TINY = {
+    "train_data": "",
+    "alternative_captions_column": "captions",
+    "keywords_column": "tags",
+    "group_column": "concept",
+    "augmentation": {"rotation": 10, "color_jitter": 0.2, "zoom": [0.9, 1.1], "horizontal_flip": 0.5},
+    "projection_dim": 32,
+    "vision_config": {
+        "model_type": "clip_vision_model", "image_size": 32, "patch_size": 16, "hidden_size": 32,
+        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "attention_dropout": 0.1,
+    },
+    "text_config": {
+        "model_type": "clip_text_model", "vocab_size": 700, "max_position_embeddings": 16, "hidden_size": 32,
+        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    },
+    "objective_args": {"beta_decay_epochs": 2},
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 16,
+    "warmup_steps": 2,
+    "log_every": 1,
+    "dataloader_num_workers": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def demo_rows():
+    return datasets.load_dataset("parquet", data_files=str(DEMO / "train.parquet"), split="train")
+
+
+@pytest.fixture(scope="session")
+def small_data(demo_rows, tmp_path_factory):
+    """A parquet of 100 pairs."""
+    path = tmp_path_factory.mktemp("data") / "pairs.parquet"
+    demo_rows.select(range(100)).to_parquet(path)
+    return path
+
+
+@pytest.fixture
+def recipe(small_data, tmp_path):
+    """Writes a tiny recipe, with changes, and returns its path."""
+
+    def write(**changes) -> Path:
+        values = {**TINY, "train_data": str(small_data), "output_dir": str(tmp_path / "run"), **changes}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+def run(*command, launch=None, timeout=300) -> subprocess.CompletedProcess:
+    """Runs a script of the repository as a user does; `launch` is a number of processes."""
+    python = [sys.executable]
+    if launch:
+        # `accelerate launch --cpu` starts several processes through MPI only; torchrun starts them anywhere.
+        python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(launch)]
+    return subprocess.run(
+        [*python, *map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=timeout, env=one_thread()
+    )
+
+
+def one_thread() -> dict[str, str]:
+    """The environment of every run here: sums come out equal only with equal numbers of threads."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def pretrain(recipe_path, *overrides, launch=None) -> subprocess.CompletedProcess:
+    return run("training/pretrain.py", "--config", recipe_path, *overrides, launch=launch)

@@ -1,0 +1,223 @@
+"""Training as a user starts it: what is written, exact resumption, several processes, and users' mistakes."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, one_thread, pretrain
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+import modeling_amorlip  # noqa: F401
+from training.arguments import Augmentation, PretrainArguments, parse_arguments
+from training.data import PairSampler, augment
+
+
+def read_metrics(folder, drop=("samples_per_second",)):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in drop} for line in lines]
+
+
+def assert_same_weights(a, b):
+    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("objective", ["amorlip", "clip"])
+def test_a_run_leaves_what_is_promised(recipe, tmp_path, objective):
+    arguments = {} if objective == "amorlip" else {"objective_args": {}}
+    result = pretrain(recipe(objective=objective, **arguments), "--checkpoint_every", "5", "--keep_last=2")
+    assert result.returncode == 0, result.stderr
+    for said in ("Device", "Precision", "Parameters", "Batch"):
+        assert said in result.stdout
+    folder = tmp_path / "run"
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines] == list(range(1, 19))  # 3 epochs of 100 // 16 steps
+    assert lines[-1]["samples_seen"] == 18 * 16 and lines[-1]["epoch"] == 2
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step_00000015", "step_00000018"]
+    assert "versions" in (folder / "run_config.yaml").read_text()
+    assert (folder / "training_curves.png").stat().st_size > 1000
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    text = processor(text=["a red Héart 🎉"], return_tensors="pt")
+    assert text["input_ids"][0, -1] == model.config.text_config.eos_token_id
+
+
+def test_saved_model_gives_the_trainers_embeddings_bit_for_bit(recipe, demo_rows, tmp_path):
+    from training.trainer import Trainer
+
+    trainer = Trainer(parse_arguments(["--config", str(recipe(max_steps=4))]))
+    trainer.train()
+    inputs = trainer.processor(
+        images=[demo_rows[i]["image"] for i in (0, 50)], text=["red heart", "a cat"], padding=True, return_tensors="pt"
+    )
+    trained, loaded = trainer.model.eval(), AutoModel.from_pretrained(tmp_path / "run").eval()
+    with torch.no_grad():
+        ours, theirs = trained(**inputs), loaded(**inputs)
+    for name in ("image_embeds", "text_embeds", "logits_per_image", "log_partition_per_image"):
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("objective", ["amorlip", "clip"])
+def test_killed_and_resumed_equals_uninterrupted(recipe, tmp_path, objective):
+    arguments = {} if objective == "amorlip" else {"objective_args": {}}
+    path = recipe(objective=objective, num_train_epochs=10, checkpoint_every=4, keep_last=1, **arguments)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert pretrain(path, "--output_dir", whole).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "training/pretrain.py", "--config", path, "--output_dir", killed],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread(),
+    )  # fmt: skip
+    stop_after = random.randint(6, 45)
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        metrics = killed / "metrics.jsonl"
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= stop_after:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model.safetensors").exists(), "the run was over before it was killed"
+    result = pretrain(path, "--output_dir", killed, "--resume_from_checkpoint", "latest")
+    assert result.returncode == 0, result.stderr
+    assert read_metrics(killed) == read_metrics(whole)
+    assert_same_weights(killed, whole)
+
+
+def test_two_processes_train_like_one(recipe, tmp_path):
+    changes = {"augmentation": {}, "vision_config": _without_dropout(), "max_steps": 5}
+    one, two = tmp_path / "one", tmp_path / "two"
+    path = recipe(**changes)
+    result = pretrain(path, "--output_dir", one, "--per_device_train_batch_size", "16")
+    assert result.returncode == 0, result.stderr
+    result = pretrain(path, "--output_dir", two, "--per_device_train_batch_size", "8", launch=2)
+    assert result.returncode == 0, result.stderr
+    for a, b in zip(read_metrics(one), read_metrics(two), strict=True):
+        for name in ("loss", "contrastive_loss", "grad_norm", "logit_scale"):
+            assert b[name] == pytest.approx(a[name], rel=1e-5), (a["step"], name)
+
+
+def _without_dropout():
+    from conftest import TINY
+
+    return {**TINY["vision_config"], "attention_dropout": 0.0}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["--train_data", "/nowhere/pairs.parquet"], "there is no such file or folder"),
+        (["--caption_column", "captoin"], "its columns: ['image', 'caption'"),
+        (["--objective", "amorlipp"], "did you mean amorlip?"),
+        (["--learning_rat", "1"], "did you mean learning_rate?"),
+        (["--objective_args.onlin_steps", "1"], "did you mean objective_args.online_steps?"),
+        (["--augmentation.rotatoin", "1"], "did you mean augmentation.rotation?"),
+        (["--learning_rate", "fast"], "learning_rate must be float, got 'fast'"),
+        (["--vision_config.patch_size", "7"], "image_size 28 or 35"),
+        (["--vision_config.model_type", "clop"], "vision_config.model_type is 'clop'"),
+        (["--text_config.vocab_size", "100"], "needs more than 514"),
+        (["--resume_from_checkpoint", "training"], "is not a checkpoint"),
+        (["--resume_from_checkpoint", "latest"], "does not exist"),
+        (["--per_device_train_batch_size", "101"], "do not fill one batch"),
+        (["--warmup_steps", "500"], "warmup_steps (500)"),
+        (["--eval_every", "5"], "eval_tasks is empty"),
+        (["--eval_tasks", "[emoji_openmojo]"], "did you mean emoji_openmoji?"),
+        (["--tokenizer", "/nowhere"], "tokenizer /nowhere cannot be loaded"),
+        (["--output_dir", "LICENSE"], "is a file"),
+    ],
+)
+def test_mistakes_end_in_one_clear_message(recipe, tmp_path, changes, message, capsys, monkeypatch):
+    from training import pretrain as script
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", str(recipe()), *changes])
+    assert script.main() == 1
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err
+    assert not (tmp_path / "run").exists()
+
+
+def write_rows(demo_rows, path, change):
+    rows = [change(i, row) for i, row in enumerate(demo_rows.select(range(40)).to_list())]
+    import datasets
+
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("empty", "has no rows"),
+        ("empty caption", "Row 3 of"),
+        ("caption not text", "every caption must be text"),
+        ("corrupt image", "Row 7 of"),
+        ("empty folder", "is an empty folder"),
+    ],
+)
+def test_bad_data_ends_in_one_clear_message(recipe, demo_rows, tmp_path, case, message):
+    import datasets
+
+    raw = demo_rows.cast_column("image", datasets.Image(decode=False))
+    path = tmp_path / "bad.parquet"
+    if case == "empty":
+        raw.select([]).to_parquet(path)
+    elif case == "empty folder":
+        path = tmp_path / "folder"
+        path.mkdir()
+    else:
+        changes = {
+            "empty caption": lambda i, row: {**row, "caption": " " if i == 3 else row["caption"]},
+            "caption not text": lambda i, row: {**row, "caption": i},
+            "corrupt image": lambda i, row: {**row, "image": {"bytes": row["image"]["bytes"][:60]} if i == 7 else row["image"]},
+        }
+        write_rows(raw, path, changes[case])
+    result = pretrain(recipe(train_data=str(path), dataloader_num_workers=1))
+    assert result.returncode == 1
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_existing_run_is_not_overwritten(recipe, tmp_path):
+    path = recipe(max_steps=3)
+    assert pretrain(path).returncode == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()}
+    result = pretrain(path)
+    assert result.returncode == 1 and "--resume_from_checkpoint latest" in result.stderr
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()}
+
+
+def test_sampler_sees_every_pair_once_and_keeps_groups_apart():
+    groups = [i // 3 for i in range(300)]
+    shares = [PairSampler(300, 10, 2, rank, seed=1, groups=groups) for rank in range(2)]
+    batches = shares[0].batches(0)
+    assert sorted(sum(batches, [])) == list(range(300))
+    repeated = sum(len(batch) - len({groups[i] for i in batch}) for batch in batches)
+    assert repeated <= 6, "only the last batches may have to repeat a group"
+    first = [next(iter(share)) for share in shares]
+    assert [index for _, index in first[0] + first[1]] == batches[0]
+    assert shares[0].batches(1) != batches
+    resumed = PairSampler(300, 10, 2, 0, seed=1, groups=groups, start_step=17)
+    iterator = iter(shares[0])
+    assert [next(iterator) for _ in range(20)][17:] == [batch for batch, _ in zip(iter(resumed), range(3), strict=False)]
+
+
+def test_augmentation_is_a_function_of_its_seed(demo_rows):
+    image = demo_rows[10]["image"].convert("RGB")
+    settings = Augmentation(crop_scale=[0.5, 1], horizontal_flip=0.5, rotation=20, zoom=[0.8, 1.2], color_jitter=0.4)
+    first, again, other = (augment(image, 40, settings, random.Random(seed)) for seed in (1, 1, 2))
+    assert first.size == (40, 40) and first.tobytes() == again.tobytes() != other.tobytes()
+    unchanged = Augmentation(crop_scale=[1, 1], crop_ratio=[1, 1])
+    assert augment(image, 48, unchanged, random.Random(0)).tobytes() == image.tobytes()
+
+
+def test_a_recipe_needs_its_two_paths():
+    from eval.errors import UserError
+
+    with pytest.raises(UserError, match="train_data is not set"):
+        PretrainArguments(output_dir="x")
