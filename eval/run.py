@@ -1,6 +1,6 @@
 """Evaluates a model on tasks.
 
-    python eval/run.py --model outputs/emoji_demo --tasks emoji_openmoji --output results.json
+python eval/run.py --model outputs/emoji_demo --tasks emoji_openmoji --output results.json
 """
 
 from __future__ import annotations

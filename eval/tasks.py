@@ -7,9 +7,8 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import yaml
-
 import datasets
+import yaml
 
 from .errors import UserError
 
@@ -25,7 +24,7 @@ class Task:
         name: shown in results.
         data: parquet with `image` (datasets.Image) and `label` (datasets.ClassLabel).
         texts: JSON with `classes`, a name a label, and `templates` with `{}` for the name.
-        pixel_reference: parquet with `image` and `caption` for the pixel-nearest-neighbour baseline; None for no baseline.
+        pixel_reference: parquet with `image` and `caption` for the pixel-nearest-neighbour baseline, if any.
     """
 
     name: str
@@ -72,6 +71,6 @@ def load_texts(path: str, data_dir: Path) -> tuple[list[str], list[str]]:
     """(class names, templates) of a task."""
     file = data_dir / path
     if not file.is_file():
-        raise UserError(f"{file} does not exist: the task's class names are missing; name their folder with --data_dir.")
+        raise UserError(f"{file} does not exist: the class names are missing; name their folder with --data_dir.")
     texts = json.loads(file.read_text(encoding="utf-8"))
     return texts["classes"], texts["templates"]

@@ -28,7 +28,7 @@ class AmorLIPAmortizerConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
         if self.head_type not in HEAD_TYPES:
-            raise ValueError(f"amortizer_config.head_type is {self.head_type!r}; choose one of {', '.join(HEAD_TYPES)}.")
+            raise ValueError(f"amortizer_config.head_type is {self.head_type!r}; choose one of {HEAD_TYPES}.")
         if self.width_factor <= 0:
             raise ValueError(f"amortizer_config.width_factor is {self.width_factor}; it must be above 0.")
 
@@ -83,7 +83,7 @@ class AmorLIPConfig(PreTrainedConfig):
         if isinstance(image_size, int) and isinstance(patch_size, int) and image_size % patch_size:
             below = max(image_size - image_size % patch_size, patch_size)
             raise ValueError(
-                f"vision_config.image_size ({image_size}) is not a multiple of vision_config.patch_size ({patch_size}): "
+                f"vision_config.image_size ({image_size}) is no multiple of vision_config.patch_size ({patch_size}): "
                 f"the patches would leave a border unseen. Use image_size {below} or {below + patch_size}, "
                 "or another patch_size."
             )

@@ -1,20 +1,20 @@
 """The mathematics of AmorLIP: pure functions on embeddings, streamed over tiles, in log space.
 
-Notation (paper symbol in brackets): `image_embeds` [x] and `text_embeds` [y] are N x d, `logit_scale` [s = 1/tau] is the
-scale itself (not its logarithm), `logit_bias` [b], and the logits are l_ij = s <x_i, y_j> + b. The positive pairs lie on
-the diagonal and enter a partition sum with the weight `positive_weight` [c]:
+Notation (paper symbol in brackets): `image_embeds` [x] and `text_embeds` [y] are N x d, `logit_scale` [s = 1/tau] is
+the scale itself (not its logarithm), `logit_bias` [b], and the logits are l_ij = s <x_i, y_j> + b. The positive pairs
+lie on the diagonal and enter a partition sum with the weight `positive_weight` [c]:
 
     Z_i = sum_{j != i} exp(l_ij) + c exp(l_ii)            (over texts, for image i)
     Z_j = sum_{i != j} exp(l_ij) + c exp(l_jj)            (over images, for text j)
 
-Everything here is made from two passes over tiles of the logits: one accumulates both directions' log-sum-exps, the other
-turns the pair weights w_ij = u_i exp(l_ij - a_i) + v_j exp(l_ij - b_j) into a value and all gradients at once. Neither
-holds more than one `tile_size` x `tile_size` block, so the memory is O(N d).
+Everything here is made from two passes over tiles of the logits: one accumulates both directions' log-sum-exps, the
+other turns the pair weights w_ij = u_i exp(l_ij - a_i) + v_j exp(l_ij - b_j) into a value and all gradients at once.
+Neither holds more than one `tile_size` x `tile_size` block, so the memory is O(N d).
 
-With `negatives="global"` the texts of all processes are gathered once, and each process does its rows of the global matrix.
-As with `torch.distributed.nn.all_gather`, gradients are those of the *sum* of all processes' losses, each of which is a
-mean over its own pairs; DDP's averaging of gradients then gives the gradient of the global mean. All processes must hold
-the same number of pairs.
+With `negatives="global"` the texts of all processes are gathered once, and each process does its rows of the global
+matrix. As with `torch.distributed.nn.all_gather`, gradients are those of the *sum* of all processes' losses, each of
+which is a mean over its own pairs; DDP's averaging of gradients then gives the gradient of the global mean. All
+processes must hold the same number of pairs.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def amortized_contrastive_loss(
     scale, bias = _as_scalars(image_embeds, logit_scale, logit_bias)
     for name, value in (("log_partition_image", log_partition_image), ("log_partition_text", log_partition_text)):
         if value.shape != image_embeds.shape[:1]:
-            raise ValueError(f"{name} must have shape [{len(image_embeds)}], one value a pair, got {list(value.shape)}.")
+            raise ValueError(f"{name} must have shape [{len(image_embeds)}], got {list(value.shape)}.")
     log_text = log_partition_text.detach().to(scale.dtype)
     if columns is not None:
         log_text = _all_gather(log_text)
@@ -288,7 +288,7 @@ class _PairSum(torch.autograd.Function):
 
 
 def _prepare(image_embeds, text_embeds, positive_weight, negatives, tile_size) -> tuple[Tensor | None, int, int]:
-    """Checks the arguments; returns (gathered texts or None, index of this process's first pair, number of processes)."""
+    """Checks the arguments; returns (gathered texts or None, offset of this process's pairs, number of processes)."""
     if image_embeds.ndim != 2 or image_embeds.shape != text_embeds.shape:
         raise ValueError(
             "image_embeds and text_embeds must both have shape [N, d], a row a pair; "

@@ -105,20 +105,22 @@ class AmorLIPPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, AmorLIPModel):
+        # Leaves come before the module that holds them: first every linear layer (the heads keep this, PyTorch's own
+        # default), then the projections over it.
+        if isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, AmorLIPModel):
             init.normal_(module.visual_projection.weight, std=module.visual_projection.in_features**-0.5)
             init.normal_(module.text_projection.weight, std=module.text_projection.in_features**-0.5)
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
             if module.logit_bias is not None:
                 init.constant_(module.logit_bias, self.config.logit_bias_init_value)
-        elif isinstance(module, AmorLIPResidualMLPHead):
-            for linear in (module.fc1, module.fc2, module.out):  # nn.Linear's default: uniform in +-1/sqrt(fan_in)
-                bound = linear.in_features**-0.5
-                init.uniform_(linear.weight, -bound, bound)
-                init.uniform_(linear.bias, -bound, bound)
-            for norm in (module.norm1, module.norm2):
-                init.ones_(norm.weight)
-                init.zeros_(norm.bias)
 
 
 class AmorLIPModel(AmorLIPPreTrainedModel):

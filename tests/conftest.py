@@ -5,11 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
-
-import datasets
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +28,7 @@ TINY = {
         "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "attention_dropout": 0.1,
     },
     "text_config": {
-        "model_type": "clip_text_model", "vocab_size": 700, "max_position_embeddings": 16, "hidden_size": 32,
+        "model_type": "clip_text_model", "vocab_size": 700, "max_position_embeddings": 32, "hidden_size": 32,
         "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
     },
     "objective_args": {"beta_decay_epochs": 2},

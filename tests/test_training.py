@@ -175,7 +175,10 @@ def test_bad_data_ends_in_one_clear_message(recipe, demo_rows, tmp_path, case, m
         changes = {
             "empty caption": lambda i, row: {**row, "caption": " " if i == 3 else row["caption"]},
             "caption not text": lambda i, row: {**row, "caption": i},
-            "corrupt image": lambda i, row: {**row, "image": {"bytes": row["image"]["bytes"][:60]} if i == 7 else row["image"]},
+            "corrupt image": lambda i, row: {
+                **row,
+                "image": {"bytes": row["image"]["bytes"][:60]} if i == 7 else row["image"],
+            },
         }
         write_rows(raw, path, changes[case])
     result = pretrain(recipe(train_data=str(path), dataloader_num_workers=1))
@@ -204,7 +207,9 @@ def test_sampler_sees_every_pair_once_and_keeps_groups_apart():
     assert shares[0].batches(1) != batches
     resumed = PairSampler(300, 10, 2, 0, seed=1, groups=groups, start_step=17)
     iterator = iter(shares[0])
-    assert [next(iterator) for _ in range(20)][17:] == [batch for batch, _ in zip(iter(resumed), range(3), strict=False)]
+    assert [next(iterator) for _ in range(20)][17:] == [
+        batch for batch, _ in zip(iter(resumed), range(3), strict=False)
+    ]
 
 
 def test_augmentation_is_a_function_of_its_seed(demo_rows):

@@ -44,9 +44,9 @@ class Augmentation:
         for name in ("crop_scale", "crop_ratio", "zoom"):
             value = getattr(self, name)
             if len(value) != 2 or not 0 < value[0] <= value[1]:
-                raise UserError(f"augmentation.{name} must be two numbers [low, high] with 0 < low <= high, got {value}.")
+                raise UserError(f"augmentation.{name} must be [low, high] with 0 < low <= high, got {value}.")
         if self.crop_scale[1] > 1:
-            raise UserError(f"augmentation.crop_scale {self.crop_scale} reaches above 1; a crop cannot exceed the image.")
+            raise UserError(f"augmentation.crop_scale {self.crop_scale} reaches above 1, the whole image.")
         for name, limit in (("horizontal_flip", 1), ("rotation", 180), ("translation", 1), ("color_jitter", 1)):
             if not 0 <= getattr(self, name) <= limit:
                 raise UserError(f"augmentation.{name} must lie in 0 to {limit}, got {getattr(self, name)}.")
@@ -125,9 +125,9 @@ class PretrainArguments:
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(f"max_steps must be -1 (no limit) or at least 1, got {self.max_steps}.")
         if self.eval_every and not self.eval_tasks:
-            raise UserError(f"eval_every is {self.eval_every} but eval_tasks is empty: name tasks, or set eval_every to 0.")
+            raise UserError(f"eval_every is {self.eval_every} but eval_tasks is empty: name tasks or set it to 0.")
         if self.model and (self.vision_config or self.text_config):
-            raise UserError("model and vision_config/text_config contradict each other: a model brings its own; drop one.")
+            raise UserError("model and vision_config or text_config contradict each other: drop one.")
         if self.model and self.tokenizer:
             raise UserError("model and tokenizer contradict each other: a model brings its own tokenizer; drop one.")
 

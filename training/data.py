@@ -1,4 +1,4 @@
-"""From any source of image-text pairs to batches, in an order and with augmentations that are pure functions of the seed.
+"""From any source of image-text pairs to batches, in an order and with augmentations that the seed alone decides.
 
 The path of a sample: `PairSampler` decides which indices form each global batch of an epoch and gives every process its
 share; `PairDataset` decodes one image, crops, resizes and augments it and draws one caption, with a generator seeded by
@@ -16,12 +16,12 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 
-import datasets
 from eval.errors import UserError
 
 from .arguments import Augmentation, PretrainArguments
@@ -190,7 +190,9 @@ def augment(image: Image.Image, size: int, settings: Augmentation, generator: ra
         x, y = centre + shift[0], centre + shift[1]
         matrix = (cos, -sin, centre - cos * x + sin * y, sin, cos, centre - sin * x - cos * y)
         border = image.getpixel((0, 0))
-        image = image.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=border)
+        image = image.transform(
+            (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=border
+        )
     if generator.random() < settings.horizontal_flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if settings.color_jitter:

@@ -112,7 +112,7 @@ class PairEncoder(nn.Module):
         self.std = nn.Buffer(255 * torch.tensor(image_std).view(3, 1, 1), persistent=False)
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor):
-        """uint8 [N, 3, H, W], [N, length] twice -> (image_embeds [N, d], text_embeds [N, d], scale [], bias [] or None)."""
+        """uint8 [N, 3, H, W], [N, length] twice -> (image_embeds, text_embeds [N, d], scale [], bias [] or None)."""
         pixels = (pixel_values.float() - self.mean) / self.std
         image_embeds = self.model.get_image_features(pixels).pooler_output
         text_embeds = self.model.get_text_features(input_ids, attention_mask).pooler_output

@@ -14,10 +14,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import datasets
 import resvg_py
 from PIL import Image
-
-import datasets
 
 
 STYLES = {  # style: (package, licence of the drawings)
@@ -54,7 +53,9 @@ def concept_of(emoji: str) -> str:
 def draw(icons: dict, name: str, crop: bool) -> bytes:
     """An icon as a palette PNG of SIZE x SIZE pixels on white; `crop` cuts it to what is drawn, and centres that."""
     icon = icons["icons"][icons.get("aliases", {}).get(name, {}).get("parent", name)]
-    box = {key: icon.get(key, icons.get(key, default)) for key, default in dict(left=0, top=0, width=16, height=16).items()}
+    box = {
+        key: icon.get(key, icons.get(key, default)) for key, default in dict(left=0, top=0, width=16, height=16).items()
+    }
     view_box = f"{box['left']} {box['top']} {box['width']} {box['height']}"
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{view_box}" width="192" height="192">{icon["body"]}</svg>'
     drawing = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, dpi=96)))).convert("RGBA")
@@ -115,7 +116,10 @@ def build() -> None:
         held_out = {concepts[c]["caption"]: name for c, name in found.items() if concepts[c]["category"] != "Flags"}
         classes = sorted(held_out)
         # Left on its page as published: nobody crops the pictures that a model meets later.
-        rows = [{"image": {"bytes": draw(icons, held_out[c], crop=False), "path": None}, "label": i} for i, c in enumerate(classes)]
+        rows = [
+            {"image": {"bytes": draw(icons, held_out[c], crop=False), "path": None}, "label": i}
+            for i, c in enumerate(classes)
+        ]
         features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)}
         save(rows, datasets.Features(features), "openmoji.parquet")
         text = {"classes": classes, "templates": ["{}", "an emoji of {}"]}
