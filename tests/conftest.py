@@ -1,5 +1,6 @@
 """Small real things to test with: emoji of the demo set, a run's arguments, commands as a user types them."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -53,33 +54,38 @@ def small_data(demo_rows, tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def recipe(small_data, tmp_path):
-    """Writes a tiny recipe, with changes, and returns its path."""
+@pytest.fixture(scope="session")
+def recipe_factory(small_data):
+    """Writes a tiny recipe into a folder, with changes, and returns its path."""
 
-    def write(**changes) -> Path:
-        values = {**TINY, "train_data": str(small_data), "output_dir": str(tmp_path / "run"), **changes}
-        path = tmp_path / "recipe.yaml"
+    def write(folder: Path, **changes) -> Path:
+        values = {**TINY, "train_data": str(small_data), "output_dir": str(folder / "run"), **changes}
+        path = folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(values))
         return path
 
     return write
 
 
-def run(*command, launch=None, timeout=300) -> subprocess.CompletedProcess:
+@pytest.fixture
+def recipe(recipe_factory, tmp_path):
+    return functools.partial(recipe_factory, tmp_path)
+
+
+def run(*command, launch=None, threads=1, timeout=300) -> subprocess.CompletedProcess:
     """Runs a script of the repository as a user does; `launch` is a number of processes."""
     python = [sys.executable]
     if launch:
         # `accelerate launch --cpu` starts several processes through MPI only; torchrun starts them anywhere.
         python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(launch)]
-    return subprocess.run(
-        [*python, *map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=timeout, env=one_thread()
-    )
+    command = [*python, *map(str, command)]
+    environment = with_threads(threads)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout, env=environment)
 
 
-def one_thread() -> dict[str, str]:
-    """The environment of every run here: sums come out equal only with equal numbers of threads."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def with_threads(threads: int) -> dict[str, str]:
+    """An environment; sums come out equal, bit for bit, only with equal numbers of threads."""
+    return {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
 
 def pretrain(recipe_path, *overrides, launch=None) -> subprocess.CompletedProcess:

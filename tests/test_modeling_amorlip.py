@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import TINY, one_thread
+from conftest import TINY, with_threads
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -32,7 +32,8 @@ def model():
 
 def make_config(**changes):
     text = {**TINY["text_config"], "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 1}
-    return AmorLIPConfig(**{"vision_config": TINY["vision_config"], "text_config": text, "projection_dim": 32} | changes)
+    fields = {"vision_config": TINY["vision_config"], "text_config": text, "projection_dim": 32}
+    return AmorLIPConfig(**fields | changes)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ pipeline("zero-shot-image-classification", model={str(folder)!r}, trust_remote_c
 """
     # An installed checkout is an editable finder in site-packages: hide it.
     hide = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-    environment = {**one_thread(), "HF_HOME": str(tmp_path), "PYTHONPATH": ""}
+    environment = {**with_threads(1), "HF_HOME": str(tmp_path), "PYTHONPATH": ""}
     result = subprocess.run(
         [sys.executable, "-c", hide + script], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
@@ -141,7 +142,7 @@ def test_a_checkpoint_without_amortizer_loads_with_fresh_heads(folder, tmp_path,
     loaded = AutoModel.from_pretrained(tmp_path)
     assert loaded(**inputs).log_partition_per_image.isfinite().all()
     assert torch.equal(loaded.visual_projection.weight, weights["visual_projection.weight"])
-    bound = loaded.amortizer.image_head.fc1.in_features ** -0.5
+    bound = loaded.amortizer.image_head.fc1.in_features**-0.5
     assert 0 < loaded.amortizer.image_head.fc1.weight.abs().max() <= bound
     assert torch.equal(loaded.amortizer.image_head.norm1.weight, torch.ones(16))
 
@@ -175,7 +176,13 @@ def test_eager_and_sdpa_attention_agree(folder, inputs):
 
 
 def test_other_towers(inputs):
-    vision = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    vision = {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16],
+        "depths": [1, 1],
+        "layer_type": "basic",
+    }
     outputs = AmorLIPModel(make_config(vision_config=vision))(**inputs)
     assert outputs.image_embeds.shape == (3, 32)
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, one_thread, pretrain
+from conftest import ROOT, pretrain, with_threads
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
@@ -72,7 +72,7 @@ def test_killed_and_resumed_equals_uninterrupted(recipe, tmp_path, objective):
     assert pretrain(path, "--output_dir", whole).returncode == 0
     process = subprocess.Popen(
         [sys.executable, "training/pretrain.py", "--config", path, "--output_dir", killed],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread(),
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=with_threads(1),
     )  # fmt: skip
     stop_after = random.randint(6, 45)
     deadline = time.time() + 120

@@ -1,0 +1,60 @@
+"""The demo: in short in every run, whole with `pytest -m slow`."""
+
+import json
+import time
+
+import pytest
+from conftest import run
+from PIL import Image
+
+
+RECIPE = "training/recipes/emoji_demo.yaml"
+SHORT = ["--max_steps", "6", "--warmup_steps", "1", "--log_every", "2"]
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "model"
+    result = run("training/pretrain.py", "--config", RECIPE, "--output_dir", folder, *SHORT)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_trains_evaluates_and_draws(short):
+    folder, result = short
+    assert "pixel_baseline_acc1" in result.stdout
+    for picture in ("emoji_openmoji.png", "training_curves.png"):
+        assert Image.open(folder / picture).size[0] > 400
+    results = json.loads((folder / "eval.jsonl").read_text())["results"]
+    assert {r["metric"] for r in results} >= {"acc1", "acc5", "text_retrieval_recall@1", "image_retrieval_recall@10"}
+
+
+def test_two_processes(short, tmp_path):
+    options = ["--output_dir", tmp_path / "two", "--per_device_train_batch_size", "32", "--eval_tasks", "[]"]
+    result = run("training/pretrain.py", "--config", RECIPE, *SHORT, *options, launch=2)
+    assert result.returncode == 0, result.stderr
+    one, two = ([json.loads(line) for line in (f / "metrics.jsonl").open()] for f in (short[0], tmp_path / "two"))
+    for a, b in zip(one, two, strict=True):
+        assert b["samples_seen"] == a["samples_seen"]
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+
+
+def test_command_line_gives_the_trainers_results(short, tmp_path):
+    output = tmp_path / "results.json"
+    result = run("eval/run.py", "--model", short[0], "--tasks", "emoji_openmoji", "--output", output)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(output.read_text())
+    assert report["schema_version"] == 1
+    assert report["results"] == json.loads((short[0] / "eval.jsonl").read_text())["results"]
+    assert {r["num_samples"] for r in report["results"]} == {1630}
+
+
+@pytest.mark.slow
+def test_the_whole_demo(tmp_path):
+    start = time.monotonic()
+    result = run("training/pretrain.py", "--config", RECIPE, "--output_dir", tmp_path / "demo", threads=2, timeout=1200)
+    assert result.returncode == 0, result.stderr
+    assert time.monotonic() - start < 600
+    lines = json.loads((tmp_path / "demo/eval.jsonl").read_text())["results"]
+    value = {line["metric"]: line["value"] for line in lines}
+    assert value["acc1"] > max(0.10, value["pixel_baseline_acc1"]) and value["acc5"] > 0.25
