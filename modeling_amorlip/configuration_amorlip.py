@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 
 HEAD_TYPES = ("residual_mlp",)
@@ -31,32 +31,6 @@ class AmorLIPAmortizerConfig(PreTrainedConfig):
             raise ValueError(f"amortizer_config.head_type is {self.head_type!r}; choose one of {HEAD_TYPES}.")
         if self.width_factor <= 0:
             raise ValueError(f"amortizer_config.width_factor is {self.width_factor}; it must be above 0.")
-
-
-@strict
-class AmorLIPVisionConfig(CLIPVisionConfig):
-    r"""
-    CLIP's vision transformer behind a small convolutional stem, for small images and little data.
-
-    Args:
-        stem_channels (`list[int]`, defaults to `[32, 64, 128]`): channels of the stem's 3 x 3 convolutions, each of which
-            halves the image; `patch_size` must be 2 to their number. A last 1 x 1 convolution makes the tokens.
-        Others as in `CLIPVisionConfig`.
-    """
-
-    model_type = "amorlip_vision"
-
-    stem_channels: list[int] | tuple[int, ...] = (32, 64, 128)
-    patch_size: int = 8
-
-    def validate_architecture(self):
-        """Part of `@strict`-powered validation."""
-        super().validate_architecture()
-        if self.patch_size != 2 ** len(self.stem_channels):
-            raise ValueError(
-                f"patch_size is {self.patch_size}, but {len(self.stem_channels)} stem_channels "
-                f"make patches of {2 ** len(self.stem_channels)} pixels; make them agree."
-            )
 
 
 @strict
@@ -136,6 +110,4 @@ def _encoder_config(config: dict | PreTrainedConfig | None, field: str, default_
         raise ValueError(f"{field}: {error}") from None
 
 
-AutoConfig.register("amorlip_vision", AmorLIPVisionConfig, exist_ok=True)
-
-__all__ = ["AmorLIPAmortizerConfig", "AmorLIPConfig", "AmorLIPVisionConfig"]
+__all__ = ["AmorLIPAmortizerConfig", "AmorLIPConfig"]

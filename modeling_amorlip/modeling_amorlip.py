@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, CLIPVisionModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .configuration_amorlip import AmorLIPConfig, AmorLIPVisionConfig
+from .configuration_amorlip import AmorLIPConfig
 from .loss_amorlip import log_partitions, positive_logits
 
 
@@ -87,48 +87,6 @@ class AmorLIPAmortizer(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.LayerNorm)):
                 module.reset_parameters()
-
-
-class AmorLIPConvolutionalStem(nn.Module):
-    """Halving 3 x 3 convolutions in place of one large-patch convolution: [N, C, H, W] -> [N, hidden, H/p, W/p]."""
-
-    def __init__(self, config: AmorLIPVisionConfig):
-        super().__init__()
-        widths = [config.num_channels, *config.stem_channels]
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, b), nn.GELU())
-            for a, b in zip(widths, widths[1:], strict=False)
-        )
-        self.projection = nn.Conv2d(widths[-1], config.hidden_size, 1, bias=False)
-
-    @property
-    def weight(self) -> Tensor:  # where CLIP's embeddings look for the dtype and initialise
-        return self.projection.weight
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        for layer in self.layers:
-            pixel_values = layer(pixel_values)
-        return self.projection(pixel_values)
-
-
-class AmorLIPVisionModel(CLIPVisionModel):
-    """CLIP's vision transformer with a convolutional stem (Xiao et al. 2021, "Early convolutions")."""
-
-    config_class = AmorLIPVisionConfig
-
-    def __init__(self, config: AmorLIPVisionConfig):
-        super().__init__(config)
-        self.embeddings.patch_embedding = AmorLIPConvolutionalStem(config)
-        self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, AmorLIPConvolutionalStem):
-            for layer in module.layers:
-                init.kaiming_normal_(layer[0].weight, nonlinearity="relu")
-                init.ones_(layer[1].weight)
-                init.zeros_(layer[1].bias)
 
 
 class AmorLIPPreTrainedModel(PreTrainedModel):
@@ -304,6 +262,4 @@ def _project(outputs: BaseModelOutputWithPooling, projection: nn.Linear) -> Base
     return outputs
 
 
-AutoModel.register(AmorLIPVisionConfig, AmorLIPVisionModel, exist_ok=True)
-
-__all__ = ["AmorLIPAmortizer", "AmorLIPModel", "AmorLIPOutput", "AmorLIPPreTrainedModel", "AmorLIPVisionModel"]
+__all__ = ["AmorLIPAmortizer", "AmorLIPModel", "AmorLIPOutput", "AmorLIPPreTrainedModel"]
