@@ -38,6 +38,7 @@ class Augmentation:
     translation: float = _field(0.0, "largest shift, as a fraction of the side")
     zoom: list[float] = _field([1.0, 1.0], "range of magnification; below 1 the border is continued")
     color_jitter: float = _field(0.0, "largest change of brightness, contrast and saturation, as a fraction")
+    restyle: float = _field(0.0, "probability of other tones, colours, sharpness or outlines")
 
     def __post_init__(self):
         _check_types(self, "augmentation.")
@@ -47,7 +48,8 @@ class Augmentation:
                 raise UserError(f"augmentation.{name} must be [low, high] with 0 < low <= high, got {value}.")
         if self.crop_scale[1] > 1:
             raise UserError(f"augmentation.crop_scale {self.crop_scale} reaches above 1, the whole image.")
-        for name, limit in (("horizontal_flip", 1), ("rotation", 180), ("translation", 1), ("color_jitter", 1)):
+        for name in ("horizontal_flip", "rotation", "translation", "color_jitter", "restyle"):
+            limit = 180 if name == "rotation" else 1
             if not 0 <= getattr(self, name) <= limit:
                 raise UserError(f"augmentation.{name} must lie in 0 to {limit}, got {getattr(self, name)}.")
 

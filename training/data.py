@@ -19,9 +19,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageFilter, ImageOps
 from torch.utils.data import DataLoader, Sampler
 
+from eval.encode import on_white
 from eval.errors import UserError
 
 from .arguments import Augmentation, PretrainArguments
@@ -171,11 +172,7 @@ def decode_image(value: dict) -> Image.Image:
     """
     source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
     with Image.open(source) as image:
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            canvas = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(canvas, image).convert("RGB")
-        return image.convert("RGB")
+        return on_white(image)
 
 
 def augment(image: Image.Image, size: int, settings: Augmentation, generator: random.Random) -> Image.Image:
@@ -197,7 +194,22 @@ def augment(image: Image.Image, size: int, settings: Augmentation, generator: ra
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if settings.color_jitter:
         image = image.convert("RGB", _color_matrix(settings.color_jitter, generator))
+    if generator.random() < settings.restyle:
+        image = generator.choice(RESTYLES)(image)
     return image
+
+
+RESTYLES = (
+    ImageOps.autocontrast,
+    ImageOps.equalize,
+    ImageOps.invert,
+    lambda image: ImageOps.posterize(image, 2),
+    lambda image: ImageOps.grayscale(image).convert("RGB"),
+    lambda image: image.filter(ImageFilter.BLUR),
+    lambda image: image.filter(ImageFilter.EDGE_ENHANCE_MORE),
+    lambda image: ImageChops.multiply(image, image.filter(ImageFilter.CONTOUR)),
+)
+"""Other ways to draw the same thing: tones, colours, sharpness and outlines."""
 
 
 def _crop_box(image_size, settings: Augmentation, generator: random.Random) -> tuple[float, float, float, float]:
