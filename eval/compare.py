@@ -1,0 +1,72 @@
+"""Compares finished training runs: mean and standard deviation over the runs that differ in nothing but their seed.
+
+python eval/compare.py outputs/compare/* --metrics acc1 acc5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, without installation
+
+import yaml  # noqa: E402
+
+from eval.errors import UserError  # noqa: E402
+
+
+DEFAULT_METRICS = ["acc1", "acc5", "text_retrieval_recall@1", "image_retrieval_recall@1", "pixel_baseline_acc1"]
+
+
+def read_run(folder: Path) -> tuple[str, int, dict[str, float]]:
+    """(objective, seed, {metric: last value}) of a training run's folder; raises `UserError` when it has no results."""
+    for name in ("run_config.yaml", "eval.jsonl"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is not a finished and evaluated training run: it has no {name}.")
+    arguments = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))["arguments"]
+    last = (folder / "eval.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    return arguments["objective"], arguments["seed"], {r["metric"]: r["value"] for r in json.loads(last)["results"]}
+
+
+def compare(folders: list[Path], metrics: list[str]) -> str:
+    """A Markdown table, a row an objective, of each metric's mean ± sample standard deviation over seeds, in per cent."""
+    runs: dict[str, dict[int, dict[str, float]]] = {}
+    for folder in folders:
+        objective, seed, values = read_run(folder)
+        if seed in runs.setdefault(objective, {}):
+            raise UserError(f"{folder} is a second run of {objective} with seed {seed}; give each seed once.")
+        if missing := [metric for metric in metrics if metric not in values]:
+            raise UserError(f"{folder} has no {missing[0]}; its metrics are {', '.join(values)}.")
+        runs[objective][seed] = values
+    lines = ["| objective | seeds | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
+    for objective, seeds in runs.items():
+        cells = [_mean_and_deviation([100 * values[metric] for values in seeds.values()]) for metric in metrics]
+        lines.append(f"| {objective} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mean_and_deviation(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders of training runs")
+    parser.add_argument("--metrics", nargs="+", default=DEFAULT_METRICS, help="columns of the table")
+    arguments = parser.parse_args()
+    try:
+        print(compare(arguments.runs, arguments.metrics))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
