@@ -34,7 +34,7 @@ def read_run(folder: Path) -> tuple[str, int, dict[str, float]]:
 
 
 def compare(folders: list[Path], metrics: list[str]) -> str:
-    """A Markdown table, a row an objective, of each metric's mean ± sample standard deviation over seeds, in per cent."""
+    """A Markdown table, a row an objective: each metric's mean ± sample standard deviation over seeds, in per cent."""
     runs: dict[str, dict[int, dict[str, float]]] = {}
     for folder in folders:
         objective, seed, values = read_run(folder)

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 
-HEAD_TYPES = ("residual_mlp",)
+HEAD_TYPES = ("residual_mlp", "prototype", "random_features", "queue")
 
 
 @strict
@@ -15,8 +15,11 @@ class AmorLIPAmortizerConfig(PreTrainedConfig):
     The heads that predict log-partitions from embeddings (paper Section 3.2 and Appendix).
 
     Args:
-        head_type (`str`, defaults to `"residual_mlp"`): the three-layer residual MLP of the paper.
+        head_type (`str`, defaults to `"residual_mlp"`): `"residual_mlp"`, the paper's three-layer MLP; `"prototype"`,
+            log-mean-exp over learned prototypes of the other modality; `"random_features"`, linear in positive random
+            features (Proposition 1); `"queue"`, log-mean-exp over the last embeddings seen, nothing learned.
         width_factor (`float`, defaults to 0.5): hidden width of the MLP as a multiple of `projection_dim` (f_d).
+        size (`int`, defaults to 4096): number of prototypes, random features or embeddings in the queue.
     """
 
     model_type = "amorlip_amortizer"
@@ -24,6 +27,7 @@ class AmorLIPAmortizerConfig(PreTrainedConfig):
 
     head_type: str = "residual_mlp"
     width_factor: float | int = 0.5
+    size: int = 4096
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
@@ -31,6 +35,8 @@ class AmorLIPAmortizerConfig(PreTrainedConfig):
             raise ValueError(f"amortizer_config.head_type is {self.head_type!r}; choose one of {HEAD_TYPES}.")
         if self.width_factor <= 0:
             raise ValueError(f"amortizer_config.width_factor is {self.width_factor}; it must be above 0.")
+        if self.size < 1:
+            raise ValueError(f"amortizer_config.size is {self.size}; it must be at least 1.")
 
 
 @strict

@@ -12,6 +12,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from .amortizer_amorlip import AmorLIPAmortizer, EmbeddingRing, PrototypeHead, RandomFeaturesHead
 from .configuration_amorlip import AmorLIPConfig
 from .loss_amorlip import log_partitions, positive_logits
 
@@ -45,50 +46,6 @@ class AmorLIPOutput(ModelOutput):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
-class AmorLIPResidualMLPHead(nn.Module):
-    """Log-partition of an embedding by the paper's three-layer residual MLP: [N, d] -> [N]."""
-
-    def __init__(self, embed_dim: int, hidden_dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(embed_dim, hidden_dim)
-        self.norm1 = nn.LayerNorm(hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, embed_dim)
-        self.norm2 = nn.LayerNorm(embed_dim)
-        self.out = nn.Linear(embed_dim, 1)
-
-    def forward(self, embeds: Tensor) -> Tensor:
-        hidden = self.norm1(torch.relu(self.fc1(embeds)))
-        hidden = self.norm2(torch.relu(self.fc2(hidden)))
-        return self.out(torch.relu(hidden + embeds)).squeeze(-1)
-
-
-class AmorLIPAmortizer(nn.Module):
-    """
-    One head a modality, each predicting log E[exp(logit)] of an embedding over the other modality (paper Section 3.2).
-
-    The expectation is a mean, so that a prediction does not depend on how many pairs a batch held; adding the logarithm
-    of a count gives the sum over that many pairs. Always computed in float32, always on detached embeddings.
-    """
-
-    def __init__(self, config: AmorLIPConfig):
-        super().__init__()
-        hidden_dim = max(1, round(config.amortizer_config.width_factor * config.projection_dim))
-        self.image_head = AmorLIPResidualMLPHead(config.projection_dim, hidden_dim)
-        self.text_head = AmorLIPResidualMLPHead(config.projection_dim, hidden_dim)
-
-    def forward(self, image_embeds: Tensor, text_embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """[I, d], [T, d] -> (log_partition_per_image [I], log_partition_per_text [T]), float32."""
-        with torch.autocast(image_embeds.device.type, enabled=False):
-            return self.image_head(image_embeds.detach().float()), self.text_head(text_embeds.detach().float())
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Fresh weights, for every module as PyTorch initialises it by default."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.LayerNorm)):
-                module.reset_parameters()
-
-
 class AmorLIPPreTrainedModel(PreTrainedModel):
     """Weight initialisation and loading common to AmorLIP's models; the encoders initialise themselves."""
 
@@ -115,6 +72,14 @@ class AmorLIPPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, EmbeddingRing):
+            init.normal_(module.embeds, std=module.embeds.shape[1] ** -0.5)
+            init.zeros_(module.count)
+        elif isinstance(module, PrototypeHead):
+            init.normal_(module.prototypes, std=module.prototypes.shape[1] ** -0.5)
+        elif isinstance(module, RandomFeaturesHead):
+            init.normal_(module.frequencies)
+            init.zeros_(module.log_weights)
         elif isinstance(module, AmorLIPModel):
             init.normal_(module.visual_projection.weight, std=module.visual_projection.in_features**-0.5)
             init.normal_(module.text_projection.weight, std=module.text_projection.in_features**-0.5)
@@ -211,7 +176,7 @@ class AmorLIPModel(AmorLIPPreTrainedModel):
         logits_per_image = scale * image_embeds.float() @ text_embeds.float().T.to(image_embeds.device)
         if bias is not None:
             logits_per_image = logits_per_image + bias
-        log_partition_per_image, log_partition_per_text = self.amortizer(image_embeds, text_embeds)
+        log_partition_per_image, log_partition_per_text = self.amortizer(image_embeds, text_embeds, scale, bias)
 
         loss = None
         if return_loss:

@@ -82,12 +82,13 @@ class PretrainArguments:
     model: str | None = _field(None, "folder or Hub name to continue from, with processor; else the model is fresh")
     vision_config: dict = _field({}, "image encoder, any Transformers configuration with its model_type")
     text_config: dict = _field({}, "text encoder; vocab_size limits a tokenizer trained here")
-    amortizer_config: dict = _field({}, "amortizer heads: head_type, width_factor")
+    amortizer_config: dict = _field({}, "amortizer heads: head_type, width_factor, size")
     projection_dim: int = _field(512, "size of the embedding space")
-    logit_scale_init_value: float = _field(2.6592, "logarithm of the initial logit scale")
+    logit_scale_init_value: float | None = _field(None, "logarithm of the initial logit scale; else log(1 / 0.07)")
+    logit_bias_init_value: float | None = _field(None, "initial logit bias; without it the model has none")
     tokenizer: str | None = _field(None, "name or folder; else one is trained on the captions")
     # Objective
-    objective: str = _field("amorlip", "training/objectives: amorlip, clip")
+    objective: str = _field("amorlip", "amorlip, clip, dcl, siglip, sogclr, fastclip or neuclip")
     objective_args: dict = _field({}, "settings of the objective, see its file")
     negatives: Literal["global", "local"] = _field("global", "negatives from all processes, or from each its own")
     # Optimisation
@@ -95,6 +96,7 @@ class PretrainArguments:
     num_train_epochs: int = _field(1, "passes over the data")
     max_steps: int = _field(-1, "stop after so many steps; -1 leaves it to num_train_epochs")
     per_device_train_batch_size: int = _field(128, "pairs a process and step")
+    micro_batch_size: int = _field(0, "pairs encoded at a time, to save memory; the result is the whole batch's")
     learning_rate: float = _field(1e-3, "AdamW's, at its peak")
     logit_scale_learning_rate: float = _field(1e-4, "the logit scale's own, at its peak")
     logit_scale_slow_above: float | None = _field(None, "logit scale above which its learning rate is a third")
@@ -116,7 +118,8 @@ class PretrainArguments:
         for name in ("per_device_train_batch_size", "num_train_epochs", "checkpoint_every", "keep_last", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("eval_every", "warmup_steps", "dataloader_num_workers", "weight_decay", "max_grad_norm"):
+        at_least_0 = ("eval_every", "warmup_steps", "dataloader_num_workers", "weight_decay", "max_grad_norm")
+        for name in (*at_least_0, "micro_batch_size"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}.")
         for name in ("learning_rate", "logit_scale_learning_rate", "adam_epsilon"):

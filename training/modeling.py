@@ -46,13 +46,14 @@ def build_model(arguments: PretrainArguments, captions, resumed: Path | None = N
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    initial = {name: getattr(arguments, name) for name in ("logit_scale_init_value", "logit_bias_init_value")}
     try:
         config = AmorLIPConfig(
             vision_config=arguments.vision_config,
             text_config=text_config,
             amortizer_config=arguments.amortizer_config,
             projection_dim=arguments.projection_dim,
-            logit_scale_init_value=arguments.logit_scale_init_value,
+            **{name: value for name, value in initial.items() if value is not None},
         )
         model = AmorLIPModel(config)
     except (ValueError, TypeError, StrictDataclassError) as error:

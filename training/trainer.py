@@ -13,6 +13,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import nn
 from tqdm import tqdm
 
 from eval.errors import UserError
@@ -23,6 +24,7 @@ from eval.tasks import load_task
 from .arguments import PretrainArguments, build, unknown_name
 from .checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from .data import PairSampler, load_pairs, make_dataloader
+from .gradient_cache import cached_backward
 from .modeling import PairEncoder, build_model
 from .objectives import OBJECTIVES
 from .optimization import make_optimizer, set_learning_rates, settle_logit_scale
@@ -49,6 +51,9 @@ class Trainer:
             settings = build(objective_class.Arguments, arguments.objective_args, "objective_args.")
         except (TypeError, ValueError) as error:
             raise UserError(f"objective_args: {error}") from None
+        for name, value in objective_class.model_defaults.items():
+            if getattr(arguments, name) in (None, {}):
+                setattr(arguments, name, value)
         augmentation = arguments.parsed_augmentation
         self.tasks = [load_task(name) for name in arguments.eval_tasks]
 
@@ -67,6 +72,11 @@ class Trainer:
         if arguments.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.model = model
+        if arguments.micro_batch_size and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+            raise UserError(
+                f"micro_batch_size {arguments.micro_batch_size}: this model's batch normalisation would see parts of "
+                "the batch, which changes the result. Leave micro_batch_size out, or choose encoders without it."
+            )
         image_processor = self.processor.image_processor
         image_size = image_processor.crop_size["height"]
         expected_size = getattr(model.config.vision_config, "image_size", image_size)
@@ -96,7 +106,11 @@ class Trainer:
         encoder = PairEncoder(model, image_processor.image_mean, image_processor.image_std)
         optimizer = make_optimizer(encoder, arguments)
         self.encoder, self.optimizer = self.accelerator.prepare(encoder, optimizer)
-        self.objective = objective_class(model.config, settings, arguments.negatives).to(self.accelerator.device)
+        try:
+            self.objective = objective_class(model.config, settings, arguments.negatives, len(pairs))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self.objective.to(self.accelerator.device)
         self.accelerator.register_for_checkpointing(self.objective)
 
         self.state = TrainState(num_processes=self.accelerator.num_processes)
@@ -159,9 +173,14 @@ class Trainer:
         arguments, accelerator = self.arguments, self.accelerator
         batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
         sample_ids = batch.pop("sample_ids")
-        image_embeds, text_embeds, logit_scale, logit_bias = self.encoder(**batch)
-        output = self.objective(image_embeds, text_embeds, logit_scale, logit_bias, sample_ids)
-        accelerator.backward(output.loss)
+        if arguments.micro_batch_size:
+            output, logit_scale = cached_backward(
+                accelerator, self.encoder, self.objective, batch, sample_ids, arguments.micro_batch_size
+            )
+        else:
+            image_embeds, text_embeds, logit_scale, logit_bias = self.encoder(**batch)
+            output = self.objective(image_embeds, text_embeds, logit_scale, logit_bias, sample_ids)
+            accelerator.backward(output.loss)
         metrics = {"loss": output.loss.detach(), **output.metrics, "logit_scale": logit_scale.detach()}
         if arguments.max_grad_norm:
             parameters = [p for p in self.encoder.parameters() if p.requires_grad]

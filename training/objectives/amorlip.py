@@ -5,31 +5,35 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from modeling_amorlip import AmorLIPAmortizer
+from modeling_amorlip.amortizer_amorlip import AmorLIPAmortizer
 from modeling_amorlip.loss_amorlip import (
     AMORTIZATION_OBJECTIVES,
     amortization_loss,
     amortized_contrastive_loss,
     blend_log_targets,
+    gather_texts,
     log_partitions,
 )
 
-from .base import ContrastiveObjective, ObjectiveOutput
+from .base import ContrastiveObjective, ObjectiveOutput, average_across_processes, fit, share_from_main
+
+
+LARGEST_LOG_RATIO = 10.0
+"""Nats that a log-partition may lie under its batch estimate. A batch of N is off by log N at most."""
+PARTITION_SOURCES = ("target_network", "blended", "online", "batch")
 
 
 class AmorLIPObjective(ContrastiveObjective):
     """
     Alternates between fitting the amortizer (Stage I) and training the encoders against it (Stage II).
 
-    Three copies of the heads: `online` is fitted by Adam, `target` follows it as a moving average and is what the
-    encoders divide by, `previous` is the target as it stood when the epoch before ended. Heads predict the logarithm of
-    a *mean*; adding `log_count` turns it into the sum over pairs that `log_partitions` returns.
+    Three copies of the heads: `online` is fitted by Adam, `target` follows it as a moving average, `previous` is the
+    target as it stood when the epoch before ended. Heads predict the logarithm of a *mean*; adding `log_count` turns it
+    into the sum over pairs that `log_partitions` returns. Fresh heads start at the mean of their first targets:
+    where the paper lets them drift there, a start at 0 would divide by a wrong constant for hundreds of steps.
     """
 
     @dataclass
@@ -37,8 +41,9 @@ class AmorLIPObjective(ContrastiveObjective):
         """Settings, with the paper's symbols; defaults are its CC12M recipe."""
 
         amortization: str = "l2_log"
+        regularizer: float = 0.1  # weight of l2_log in kl, kl_sym and js
         positive_weight: float = 1e-3  # c, weight of the positive pair in the partition sums
-        partition_source: Literal["target_network", "blended"] = "target_network"  # what Stage II divides by
+        partition_source: str = "target_network"  # what Stage II divides by; batch does without amortization
         online_steps: int = 3  # T_lambda, Adam steps a fit
         online_every: int = 1  # T_online, steps between fits
         target_every: int = 2  # T_target, steps between updates of the target heads
@@ -52,14 +57,12 @@ class AmorLIPObjective(ContrastiveObjective):
         rho_final_fraction: float = 0.25  # that part, as a fraction of the epochs
 
         def __post_init__(self):
-            if self.amortization not in AMORTIZATION_OBJECTIVES:
-                raise ValueError(
-                    f"objective_args.amortization is {self.amortization!r}; choose one of {AMORTIZATION_OBJECTIVES}."
-                )
-            if self.partition_source not in ("target_network", "blended"):
-                raise ValueError(
-                    f"objective_args.partition_source is {self.partition_source!r}; choose target_network or blended."
-                )
+            for name, known in (
+                ("amortization", AMORTIZATION_OBJECTIVES),
+                ("partition_source", PARTITION_SOURCES),
+            ):
+                if getattr(self, name) not in known:
+                    raise ValueError(f"objective_args.{name} is {getattr(self, name)!r}; choose one of {known}.")
             for name in ("ema_decay", "rho_final_fraction", "beta"):
                 value = getattr(self, name)
                 if not 0 <= value <= 1 or (name == "beta" and value == 1):
@@ -67,18 +70,22 @@ class AmorLIPObjective(ContrastiveObjective):
             for name in ("online_steps", "online_every", "target_every", "beta_decay_epochs"):
                 if getattr(self, name) < 1:
                     raise ValueError(f"objective_args.{name} must be at least 1, got {getattr(self, name)}.")
+            for name in ("positive_weight", "regularizer"):
+                if getattr(self, name) < 0:
+                    raise ValueError(f"objective_args.{name} must be at least 0, got {getattr(self, name)}.")
 
-    def __init__(self, config, arguments, negatives="global"):
-        super().__init__(config, arguments, negatives)
-        self.online = AmorLIPAmortizer(config)
+    def __init__(self, config, arguments, negatives="global", num_samples=0):
+        super().__init__(config, arguments, negatives, num_samples)
+        self.online = self.new_amortizer()
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.previous = copy.deepcopy(self.online).requires_grad_(False)
         self.optimizer = self._new_optimizer()
-        self.step, self.beta, self.rho = 0, 0.0, arguments.rho
+        self.register_buffer("partition_error", torch.zeros(()))
+        self.step, self.fresh, self.beta, self.rho = 0, True, 0.0, arguments.rho
 
     @property
-    def amortizer(self) -> AmorLIPAmortizer:
-        return self.target
+    def amortizer(self) -> AmorLIPAmortizer | None:
+        return None if self.arguments.partition_source == "batch" else self.target
 
     def on_epoch_start(self, epoch: int, num_epochs: int) -> None:
         settings = self.arguments
@@ -87,90 +94,107 @@ class AmorLIPObjective(ContrastiveObjective):
         # beta rises from 0 to beta_T along a half cosine; the first epoch has no previous heads to blend.
         progress = min(epoch / settings.beta_decay_epochs, 1)
         self.beta = settings.beta * (1 - math.cos(math.pi * progress)) / 2
-        if epoch > 0:
-            self.previous.load_state_dict(self.target.state_dict())
-        if epoch > 0 and settings.reinitialize:
+        if epoch == 0:
+            return
+        self.previous.load_state_dict(self.target.state_dict())
+        if settings.reinitialize:
             self.online.reset_parameters()
-            _average_across_processes(list(self.online.parameters()))
+            share_from_main(self.online)
             self.target.load_state_dict(self.online.state_dict())
             self.optimizer = self._new_optimizer()
+            self.step, self.fresh = 0, True
 
     def forward(self, image_embeds, text_embeds, logit_scale, logit_bias=None, sample_ids=None) -> ObjectiveOutput:
-        settings = self.arguments
+        settings, source = self.arguments, self.arguments.partition_source
+        texts = gather_texts(text_embeds, self.negatives)
         batch = dict(
-            logit_bias=logit_bias, positive_weight=settings.positive_weight, negatives=self.negatives
+            logit_bias=logit_bias, positive_weight=settings.positive_weight,
+            negatives=self.negatives, gathered_texts=texts,
         )  # fmt: skip
-        # 1. Batch estimates of the log-partitions and their blend with the previous epoch's heads, without gradient.
-        with torch.no_grad():
-            log_z = log_partitions(image_embeds, text_embeds, logit_scale, **batch)
-            log_count = self._log_count(len(image_embeds))
-            log_targets = [
-                blend_log_targets(previous + log_count, estimate, self.beta)
-                for previous, estimate in zip(self.previous(image_embeds, text_embeds), log_z, strict=True)
-            ]
+        log_count = self.log_num_pairs(len(image_embeds), settings.positive_weight)
+
+        def predict(heads: AmorLIPAmortizer) -> list[torch.Tensor]:
+            return [head + log_count for head in heads(image_embeds, text_embeds, logit_scale, logit_bias)]
+
+        fits = source != "batch" and self.step % settings.online_every == 0
+        if fits or source in ("blended", "batch"):
+            # 1. Batch estimates of the log-partitions and their blend with the previous epoch's heads, no gradient.
+            with torch.no_grad():
+                log_z = log_partitions(image_embeds, text_embeds, logit_scale, **batch)
+                log_targets = log_z
+                if self.beta > 0:
+                    log_targets = [
+                        blend_log_targets(previous, estimate, self.beta)
+                        for previous, estimate in zip(predict(self.previous), log_z, strict=True)
+                    ]
         # 2. Stage I: fit the online heads; the target heads follow.
-        if self.step % settings.online_every == 0:
-            self._fit_online(image_embeds.detach(), text_embeds.detach(), log_z, log_targets, log_count)
-        if self.step % settings.target_every == 0:
+        if fits:
+            self.observe(self.online, image_embeds, text_embeds, texts)
+            self._fit_online(predict, log_z, log_targets, log_count)
+        if source != "batch" and self.step % settings.target_every == 0:
             self._update_target()
         self.step += 1
         # 3. Stage II: the encoders' loss against the amortized log-partitions.
         with torch.no_grad():
-            log_lambda = [head + log_count for head in self.target(image_embeds, text_embeds)]
-            errors = torch.stack([a - b for a, b in zip(log_lambda, log_z, strict=True)])
-            if settings.partition_source == "blended":
-                log_lambda = log_targets
+            if source in ("target_network", "online"):
+                log_lambda = predict(self.target if source == "target_network" else self.online)
+            else:
+                log_lambda = log_targets if source == "blended" else log_z
+            if fits:
+                heads = log_lambda if source == "target_network" else predict(self.target)
+                errors = torch.stack([head - estimate for head, estimate in zip(heads, log_z, strict=True)])
+                self.partition_error.copy_(errors.square().mean().sqrt())
+                # However far off a head may be, no pair's weight can overflow, not even in half precision.
+                log_lambda = [torch.maximum(a, b - LARGEST_LOG_RATIO) for a, b in zip(log_lambda, log_z, strict=True)]
         loss = amortized_contrastive_loss(image_embeds, text_embeds, logit_scale, *log_lambda, **batch)
         # 4. Rescale by the temperature, and regularise it.
         rescaled = loss / logit_scale.detach() + self.rho / logit_scale
-        metrics = {"contrastive_loss": loss.detach(), "partition_error": errors.square().mean().sqrt()}
-        return ObjectiveOutput(rescaled, metrics)
+        return ObjectiveOutput(
+            rescaled, {"contrastive_loss": loss.detach(), "partition_error": self.partition_error.clone()}
+        )
 
-    def _log_count(self, batch_size: int) -> float:
-        """Logarithm of the number of terms in a partition sum, the positive counting `positive_weight`."""
-        processes = dist.get_world_size() if self.negatives == "global" and dist.is_initialized() else 1
-        return math.log(batch_size * processes - 1 + self.arguments.positive_weight)
+    def _fit_online(self, predict, log_z, log_targets, log_count: float) -> None:
+        settings = self.arguments
+        if self.fresh:
+            if self.online.observes:
+                self.online.reset_parameters()
+            with torch.no_grad():
+                means = [values.mean() for values in (*log_targets, *predict(self.online))]
+            average_across_processes(means)
+            self.online.start_at([mean - log_count for mean in means[:2]], [mean - log_count for mean in means[2:]])
+            self.target.load_state_dict(self.online.state_dict())
+            self.fresh = False
+        if self.optimizer is None:
+            return
 
-    @torch.enable_grad()
-    def _fit_online(self, image_embeds, text_embeds, log_z, log_targets, log_count: float) -> None:
-        for _ in range(self.arguments.online_steps):
-            predictions = self.online(image_embeds, text_embeds)
-            loss = sum(
+        def loss() -> torch.Tensor:
+            return sum(
                 amortization_loss(
-                    head + log_count, target, objective=self.arguments.amortization, log_z_batch=estimate
+                    prediction, target, objective=settings.amortization,
+                    log_z_batch=estimate, regularizer=settings.regularizer,
                 )
-                for head, target, estimate in zip(predictions, log_targets, log_z, strict=True)
+                for prediction, target, estimate in zip(predict(self.online), log_targets, log_z, strict=True)
             )  # fmt: skip
-            gradients = torch.autograd.grad(loss, list(self.online.parameters()))
-            for parameter, gradient in zip(self.online.parameters(), gradients, strict=True):
-                parameter.grad = gradient
-            _average_across_processes([p.grad for p in self.online.parameters()])
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+
+        fit(self.online, self.optimizer, loss, settings.online_steps)
 
     @torch.no_grad()
     def _update_target(self) -> None:
         for target, online in zip(self.target.parameters(), self.online.parameters(), strict=True):
             target.lerp_(online, 1 - self.arguments.ema_decay)
+        for target, online in zip(self.target.buffers(), self.online.buffers(), strict=True):
+            target.copy_(online)
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.online.parameters(), lr=self.arguments.amortizer_learning_rate)
+    def _new_optimizer(self) -> torch.optim.Optimizer | None:
+        if not (parameters := list(self.online.parameters())):
+            return None  # a queue has nothing to learn
+        return torch.optim.Adam(parameters, lr=self.arguments.amortizer_learning_rate, fused=True)
 
     def get_extra_state(self) -> dict:
-        return {"optimizer": self.optimizer.state_dict(), "step": self.step, "beta": self.beta, "rho": self.rho}
+        optimizer = self.optimizer and self.optimizer.state_dict()
+        return {"optimizer": optimizer, "step": self.step, "fresh": self.fresh, "beta": self.beta, "rho": self.rho}
 
     def set_extra_state(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.beta, self.rho = state["step"], state["beta"], state["rho"]
-
-
-@torch.no_grad()
-def _average_across_processes(tensors: list[Tensor]) -> None:
-    """Replaces tensors by their means over all processes, in one collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.fresh, self.beta, self.rho = (state[name] for name in ("step", "fresh", "beta", "rho"))
