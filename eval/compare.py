@@ -26,8 +26,8 @@ DEFAULT_METRICS = ["acc1", "acc5", "text_retrieval_recall@1", "image_retrieval_r
 def read_run(folder: Path) -> tuple[str, int, dict[str, float]]:
     """(objective, seed, {metric: last value}) of a training run's folder; raises `UserError` when it has no results."""
     for name in ("run_config.yaml", "eval.jsonl"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is not a finished and evaluated training run: it has no {name}.")
+        if not (folder / name).is_file() or not (folder / name).stat().st_size:
+            raise UserError(f"{folder} is not a finished and evaluated training run: its {name} is missing or empty.")
     arguments = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))["arguments"]
     last = (folder / "eval.jsonl").read_text(encoding="utf-8").splitlines()[-1]
     return arguments["objective"], arguments["seed"], {r["metric"]: r["value"] for r in json.loads(last)["results"]}

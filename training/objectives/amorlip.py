@@ -99,7 +99,7 @@ class AmorLIPObjective(ContrastiveObjective):
         self.previous.load_state_dict(self.target.state_dict())
         if settings.reinitialize:
             self.online.reset_parameters()
-            share_from_main(self.online)
+            share_from_main(list(self.online.parameters()))
             self.target.load_state_dict(self.online.state_dict())
             self.optimizer = self._new_optimizer()
             self.step, self.fresh = 0, True
@@ -143,7 +143,9 @@ class AmorLIPObjective(ContrastiveObjective):
             if fits:
                 heads = log_lambda if source == "target_network" else predict(self.target)
                 errors = torch.stack([head - estimate for head, estimate in zip(heads, log_z, strict=True)])
-                self.partition_error.copy_(errors.square().mean().sqrt())
+                mean_square = errors.square().mean()
+                average_across_processes([mean_square])
+                self.partition_error.copy_(mean_square.sqrt())
                 # However far off a head may be, no pair's weight can overflow, not even in half precision.
                 log_lambda = [torch.maximum(a, b - LARGEST_LOG_RATIO) for a, b in zip(log_lambda, log_z, strict=True)]
         loss = amortized_contrastive_loss(image_embeds, text_embeds, logit_scale, *log_lambda, **batch)

@@ -99,21 +99,26 @@ def fit(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], 
     optimizer.zero_grad()
 
 
-@torch.no_grad()
-def share_from_main(module: nn.Module) -> None:
-    """Gives every process the first one's parameters."""
-    if world_size() > 1:
-        for parameter in module.parameters():
-            dist.broadcast(parameter, 0)
-
-
-@torch.no_grad()
 def average_across_processes(tensors: list[Tensor]) -> None:
     """Replaces tensors by their means over all processes, in one collective."""
-    if world_size() == 1:
+
+    def average(flat: Tensor) -> None:
+        dist.all_reduce(flat)
+        flat /= world_size()
+
+    _in_one_collective(tensors, average)
+
+
+def share_from_main(tensors: list[Tensor]) -> None:
+    """Replaces tensors by the first process's, in one collective."""
+    _in_one_collective(tensors, lambda flat: dist.broadcast(flat, 0))
+
+
+@torch.no_grad()
+def _in_one_collective(tensors: list[Tensor], collective: Callable[[Tensor], None]) -> None:
+    if world_size() == 1 or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
+    collective(flat)
+    for tensor, value in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(value.view_as(tensor))
