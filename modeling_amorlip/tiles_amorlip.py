@@ -17,6 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+HIGHEST = 60.0  # largest exponent taken, so that sums of any length stay below float32's e^88
+UNDERFLOW = 87.0  # exp(-UNDERFLOW) is float32's smallest normal number
+LOST = 37.0  # terms below exp(-LOST) of what they are added to may be lost
+
 # -- the passes --------------------------------------------------------------------------------------------------------
 
 
@@ -26,12 +30,14 @@ def log_sum_exps(
     """Row and column log-sum-exps of the weighted logits in one pass: ([n], [N])."""
     log_rows = rows.new_full((len(rows),), -math.inf, dtype=scale.dtype)
     log_columns = rows.new_full((len(columns),), -math.inf, dtype=scale.dtype)
+    shift = _common_shift(rows, columns, scale)
     for r, row_tile in _tiles(rows, scale, tile_size):
-        for c, logits in _logit_tiles(row_tile, columns, bias, tile_size):
+        for c, logits in _logit_tiles(row_tile, columns, tile_size):
             _weigh_positives(logits, r, c, offset, positive_weight)
-            log_rows[r] = torch.logaddexp(log_rows[r], torch.logsumexp(logits, dim=1))
-            log_columns[c] = torch.logaddexp(log_columns[c], torch.logsumexp(logits, dim=0))
-    return log_rows, log_columns
+            tile_rows, tile_columns = _tile_log_sum_exps(logits, shift)
+            log_rows[r] = torch.logaddexp(log_rows[r], tile_rows)
+            log_columns[c] = torch.logaddexp(log_columns[c], tile_columns)
+    return log_rows.add_(bias), log_columns.add_(bias)
 
 
 def exponential_pass(
@@ -52,14 +58,29 @@ def exponential_pass(
     m is `positive_weight` on the diagonal and 1 elsewhere, a and b are the shifts, u and v the coefficients ([n] and
     [N], or []). Returns what `_gradients` does.
     """
+    a, b = row_shift - bias, column_shift - bias
+    u, v = row_coefficient.expand(len(rows)), column_coefficient.expand(len(columns))
+    common = _common_shift(rows, columns, scale)
+    # One exponential a pair instead of two: w = exp(l - k) (u exp(k - a) + v exp(k - b)). What underflows in the first
+    # factor is then below exp(-LOST), whatever the second.
+    if common is not None and torch.minimum(a.min(), b.min()) > common + LOST - UNDERFLOW:
+        u, v = u * (common - a).exp(), v * (common - b).exp()
 
-    def weigh(logits: Tensor, r: slice, c: slice) -> tuple[Tensor, Tensor]:
+        def weights_of(logits: Tensor, r: slice, c: slice) -> Tensor:
+            return (logits.sub_(common) if common else logits).exp_().mul_(u[r, None] + v[c])
+    else:
+
+        def weights_of(logits: Tensor, r: slice, c: slice) -> Tensor:
+            weights = (logits - a[r, None]).exp_().mul_(u[r, None])
+            return weights.add_(logits.sub_(b[c]).exp_().mul_(v[c]))
+
+    def weigh(logits: Tensor, r: slice, c: slice) -> tuple[Tensor, Tensor, Tensor]:
         _weigh_positives(logits, r, c, offset, positive_weight)
-        weights = (logits - row_shift[r, None]).exp_().mul_(_part(row_coefficient, r)[..., None])
-        weights += logits.sub_(column_shift[c]).exp_().mul_(_part(column_coefficient, c))
-        return weights.sum(), weights
+        weights = weights_of(logits, r, c)
+        value = weights.sum()
+        return value, value, weights
 
-    return _gradients(rows, columns, scale, bias, tile_size, weigh)
+    return _gradients(rows, columns, scale, tile_size, weigh)
 
 
 def sigmoid_pass(
@@ -67,35 +88,35 @@ def sigmoid_pass(
 ) -> tuple[Tensor, ...]:
     """Sum of softplus(z_ij), z = -l on the diagonal and l elsewhere. Returns what `_gradients` does."""
 
-    def weigh(logits: Tensor, r: slice, c: slice) -> tuple[Tensor, Tensor]:
-        diagonal = _diagonal(logits, r, c, offset)
+    def weigh(logits: Tensor, r: slice, c: slice) -> tuple[Tensor, Tensor, Tensor]:
+        diagonal = _diagonal(logits.add_(bias), r, c, offset)
         if diagonal is not None:
             diagonal.neg_()
         value = torch.nn.functional.softplus(logits).sum()
         logits.sigmoid_()
         if diagonal is not None:
             diagonal.neg_()
-        return value, logits
+        return value, logits.sum(), logits
 
-    return _gradients(rows, columns, scale, bias, tile_size, weigh)
+    return _gradients(rows, columns, scale, tile_size, weigh)
 
 
-def _gradients(
-    rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor, tile_size: int, weigh: Callable
-) -> tuple[Tensor, ...]:
-    """Value and gradients of a sum over pairs; `weigh` gives a tile's value and its derivatives w by the logits.
+def _gradients(rows: Tensor, columns: Tensor, scale: Tensor, tile_size: int, weigh: Callable) -> tuple[Tensor, ...]:
+    """Value and gradients of a sum over pairs, given what `weigh` makes of a tile of logits s <x, y>.
+
+    `weigh` returns the tile's value, the sum of its derivatives w by the logits, and the w themselves.
 
     Returns:
-        (value [], bias gradient sum w [], scale gradient sum w (l - b) / s [], row gradients s W y [n, d], column
-        gradients s W^T x [N, d]).
+        (value [], bias gradient sum w [], scale gradient sum w <x, y> [], row gradients s W y [n, d], column gradients
+        s W^T x [N, d]).
     """
     row_grad, column_grad = (torch.zeros_like(side, dtype=scale.dtype) for side in (rows, columns))
     value, bias_grad, scale_grad = (scale.new_zeros(()) for _ in range(3))
     for r, row_tile in _tiles(rows, scale, tile_size):
-        for c, logits in _logit_tiles(row_tile, columns, bias, tile_size):
-            tile_value, weights = weigh(logits, r, c)
+        for c, logits in _logit_tiles(row_tile, columns, tile_size):
+            tile_value, tile_slope, weights = weigh(logits, r, c)
             value += tile_value
-            bias_grad += weights.sum()
+            bias_grad += tile_slope
             row_grad[r].addmm_(weights, columns[c].to(scale.dtype))
             column_grad[c].addmm_(weights.T, row_tile)  # row_tile carries the scale already
         scale_grad += (row_grad[r] * rows[r]).sum()
@@ -109,11 +130,11 @@ def _tiles(rows: Tensor, scale: Tensor, tile_size: int):
         yield r, rows[r].to(scale.dtype) * scale
 
 
-def _logit_tiles(row_tile: Tensor, columns: Tensor, bias: Tensor, tile_size: int):
-    """Yields (column slice, logits [tile, tile])."""
+def _logit_tiles(row_tile: Tensor, columns: Tensor, tile_size: int):
+    """Yields (column slice, logits without bias [tile, tile])."""
     for start in range(0, len(columns), tile_size):
         c = slice(start, min(start + tile_size, len(columns)))
-        yield c, torch.addmm(bias, row_tile, columns[c].to(row_tile.dtype).T)
+        yield c, row_tile @ columns[c].to(row_tile.dtype).T
 
 
 def _diagonal(tile: Tensor, r: slice, c: slice, offset: int) -> Tensor | None:
@@ -128,8 +149,22 @@ def _weigh_positives(logits: Tensor, r: slice, c: slice, offset: int, positive_w
         diagonal += math.log(positive_weight) if positive_weight > 0 else -math.inf
 
 
-def _part(coefficient: Tensor, part: slice) -> Tensor:
-    return coefficient[part] if coefficient.ndim else coefficient
+def _common_shift(rows: Tensor, columns: Tensor, scale: Tensor) -> float | None:
+    """A number k such that no exp(l - k) overflows and few underflow; None on a GPU, where reading it would wait."""
+    if rows.is_cuda:
+        return None
+    largest = scale * rows.norm(dim=1).max() * columns.norm(dim=1).max()  # no logit is larger (Cauchy-Schwarz)
+    return max(0.0, float(largest) - HIGHEST)
+
+
+def _tile_log_sum_exps(logits: Tensor, shift: float | None) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps of a tile by rows and by columns, from one exponential where all sums stay normal numbers."""
+    if shift is not None:
+        exponentials = torch.sub(logits, shift).exp_() if shift else logits.exp()
+        sums = exponentials.sum(1), exponentials.sum(0)
+        if min(sums[0].min(), sums[1].min()) > math.exp(LOST - UNDERFLOW):
+            return sums[0].log_().add_(shift), sums[1].log_().add_(shift)
+    return logits.logsumexp(1), logits.logsumexp(0)
 
 
 # -- autograd ----------------------------------------------------------------------------------------------------------
