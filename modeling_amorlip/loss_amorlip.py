@@ -247,9 +247,11 @@ def _compute_dtype(embeds: Tensor) -> torch.dtype:
 
 
 def _as_scalars(embeds: Tensor, *values: Tensor | float | None) -> tuple[Tensor, ...]:
-    """0-dimensional tensors in the computing dtype; None becomes 0."""
+    """0-dimensional tensors in the computing dtype, made on their device; None becomes 0."""
     dtype = _compute_dtype(embeds)
     return tuple(
-        torch.as_tensor(0.0 if value is None else value, dtype=dtype, device=embeds.device).reshape(())
+        value.to(embeds.device, dtype).reshape(())
+        if isinstance(value, Tensor)
+        else torch.full((), value or 0.0, dtype=dtype, device=embeds.device)
         for value in values
     )

@@ -1,5 +1,7 @@
 """Metrics against independent computations, and eval/run.py as a user starts it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -89,3 +91,23 @@ def test_mistakes_end_in_one_clear_message(trained, arguments, message):
     result = run("eval/run.py", "--model", trained, *arguments)
     assert result.returncode == 1
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_compare_tabulates_runs_over_seeds(tmp_path):
+    for objective, seed, value in (("amorlip", 0, 0.5), ("amorlip", 1, 0.7), ("clip", 0, 0.25)):
+        folder = tmp_path / f"{objective}_{seed}"
+        folder.mkdir()
+        (folder / "run_config.yaml").write_text(f"arguments: {{objective: {objective}, seed: {seed}}}")
+        results = [{"task": "t", "metric": "acc1", "value": value, "num_samples": 4}]
+        (folder / "eval.jsonl").write_text(json.dumps({"step": 1, "results": results}) + "\n")
+    folders = sorted(tmp_path.iterdir())
+    result = run("eval/compare.py", *folders, "--metrics", "acc1")
+    assert result.returncode == 0, result.stderr
+    assert "| amorlip | 2 | 60.00 ± 14.14 |" in result.stdout and "| clip | 1 | 25.00 |" in result.stdout
+    for arguments, message in (
+        ([*folders, "--metrics", "acc7"], "has no acc7; its metrics are acc1"),
+        ([folders[0], folders[0]], "second run of amorlip with seed 0"),
+        ([tmp_path], "run_config.yaml is missing"),
+    ):
+        result = run("eval/compare.py", *arguments, *([] if "--metrics" in arguments else ["--metrics", "acc1"]))
+        assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr

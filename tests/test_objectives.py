@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 from test_loss_amorlip import assert_close, brute_force_log_partitions, make_batch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from modeling_amorlip import AmorLIPAmortizer, AmorLIPConfig
+from modeling_amorlip import AmorLIPAmortizer, AmorLIPConfig, tiles_amorlip
 from modeling_amorlip.amortizer_amorlip import EmbeddingRing
 from modeling_amorlip.configuration_amorlip import HEAD_TYPES
 from modeling_amorlip.loss_amorlip import AMORTIZATION_OBJECTIVES, amortization_loss
@@ -387,3 +388,21 @@ def test_every_setting_has_a_default():
     for cls in OBJECTIVES.values():
         assert dataclasses.is_dataclass(cls.Arguments)
         cls.Arguments()
+
+
+@pytest.mark.parametrize("name, settings", VARIANTS)
+def test_a_step_never_waits_for_the_gpu(name, settings, monkeypatch):
+    """On tensors without values, reading one back to the host raises an error, so a step that runs reads none."""
+    monkeypatch.setattr(tiles_amorlip, "_common_shift", lambda *_: None)  # what it returns on a GPU
+    objective = make_objective(name, settings)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        objective.on_epoch_start(0, 4)
+        for parent in list(objective.modules()):
+            for buffer, value in list(parent.named_buffers(recurse=False)):
+                parent._buffers[buffer] = mode.from_tensor(value)
+        embeds = [torch.randn(64, D, requires_grad=True) for _ in range(2)]
+        scale, bias = (torch.ones((), requires_grad=True) for _ in range(2))
+        output = objective(*embeds, scale, bias if name == "siglip" else None, torch.arange(64))
+        torch.autograd.grad(output.loss, embeds)
+        with pytest.raises(DataDependentOutputException):
+            output.loss.item()

@@ -6,6 +6,7 @@ g serves without bias. alpha is a network of the sample: the log-mean-exp over l
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +68,7 @@ class NeuCLIPObjective(ContrastiveObjective):
         )  # fmt: skip
         positives = positive_logits(image_embeds, text_embeds, logit_scale)
         log_g = torch.stack(log_z) - positives - self.log_num_pairs(len(image_embeds), 0)
-        log_epsilon = torch.tensor(settings.epsilon, device=log_g.device).log()
+        log_epsilon = torch.full((), math.log(settings.epsilon), device=log_g.device)
 
         def predict() -> Tensor:
             predictions = torch.stack(self.network(image_embeds, text_embeds, logit_scale))

@@ -1,0 +1,36 @@
+"""Each benchmark in short, as a user starts it."""
+
+import json
+
+import pytest
+from conftest import pretrain, run
+
+
+def test_loss_benchmark(tmp_path):
+    output = tmp_path / "loss.json"
+    result = run("eval/benchmarks/loss.py", "--sizes", "256", "512", "--dim", "32", "--rounds", "1", "--output", output)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(output.read_text())["results"]
+    assert {row["n"] for row in rows} == {256, 512} and {"ours", "straightforward", "infonce"} <= {
+        r["name"] for r in rows
+    }
+    assert all(row["seconds"] > 0 for row in rows) and output.with_suffix(".png").exists()
+
+
+def test_our_memory_does_not_grow_with_the_square():
+    result = run("eval/benchmarks/loss.py", "--sizes", "8192", "--dim", "32", "--rounds", "1")
+    assert result.returncode == 0, result.stderr
+    peak = {line.split()[1]: float(line.split()[-1]) for line in result.stdout.splitlines()[1:] if "matrix" not in line}
+    assert peak["ours"] < 50 < 256 < peak["infonce"]
+
+
+def test_heads_benchmark(recipe, small_data, tmp_path):
+    assert pretrain(recipe(max_steps=3)).returncode == 0
+    output = tmp_path / "heads.json"
+    short = ["--data", small_data, "--epochs", "1", "--size", "64", "--batch_size", "16", "--output", output]
+    result = run("eval/benchmarks/heads.py", "--model", tmp_path / "run", *short)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(output.read_text())
+    assert len(report["results"]) == 3 * 5 + 1
+    for row in report["results"]:
+        assert row["rms"] > 0 and row["ratio"] == pytest.approx(row["rms"] / report["batch_rms"])
