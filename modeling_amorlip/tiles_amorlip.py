@@ -60,6 +60,8 @@ def exponential_pass(
     """
     a, b = row_shift - bias, column_shift - bias
     u, v = row_coefficient.expand(len(rows)), column_coefficient.expand(len(columns))
+    log_weight = math.log(positive_weight) if positive_weight > 0 else -math.inf
+    plain = a, b, u, v
     common = _common_shift(rows, columns, scale)
     # One exponential a pair instead of two: w = exp(l - k) (u exp(k - a) + v exp(k - b)). What underflows in the first
     # factor is then below exp(-LOST), whatever the second.
@@ -75,8 +77,15 @@ def exponential_pass(
             return weights.add_(logits.sub_(b[c]).exp_().mul_(v[c]))
 
     def weigh(logits: Tensor, r: slice, c: slice) -> tuple[Tensor, Tensor, Tensor]:
-        _weigh_positives(logits, r, c, offset, positive_weight)
         weights = weights_of(logits, r, c)
+        if (diagonal := _diagonal(weights, r, c, offset)) is not None:
+            # Positives have weights of about 1, which their pull on the encoders all but cancels: in float64, since a
+            # logit of 100 rounded to float32 is off by 4e-6.
+            i = slice(max(r.start, c.start - offset), min(r.stop, c.stop - offset))
+            j = slice(i.start + offset, i.stop + offset)
+            logit = (rows[i].double() * columns[j].double()).sum(1) * scale.double() + log_weight
+            a, b, u, v = (value[k].double() for value, k in zip(plain, (i, j, i, j), strict=True))
+            diagonal.copy_(u * (logit - a).exp() + v * (logit - b).exp())
         value = weights.sum()
         return value, value, weights
 
