@@ -110,10 +110,9 @@ def amortized_contrastive_loss(
     one = torch.ones_like(scale)
     compute = functools.partial(
         exponential_pass, row_shift=log_image, column_shift=log_text, row_coefficient=one, column_coefficient=one,
-        positive_weight=positive_weight, tile_size=tile_size,
+        positive_weight=positive_weight, tile_size=tile_size, pull=2.0,
     )  # fmt: skip
-    partition_term = PairSum.apply(image_embeds, text_embeds, scale, bias, columns, offset, compute)
-    return partition_term - 2 * positive_logits(image_embeds, text_embeds, scale, bias).mean()
+    return PairSum.apply(image_embeds, text_embeds, scale, bias, columns, offset, compute)
 
 
 def sigmoid_contrastive_loss(

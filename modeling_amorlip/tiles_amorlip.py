@@ -52,11 +52,12 @@ def exponential_pass(
     column_coefficient: Tensor,
     positive_weight: float,
     tile_size: int,
+    pull: float = 0.0,
 ) -> tuple[Tensor, ...]:
-    """Sum of w_ij = m_ij (u_i exp(l_ij - a_i) + v_j exp(l_ij - b_j)) and its gradients, since dw/dl = w.
+    """Sum of w_ij = m_ij (u_i exp(l_ij - a_i) + v_j exp(l_ij - b_j)), less `pull` times the positive logits.
 
     m is `positive_weight` on the diagonal and 1 elsewhere, a and b are the shifts, u and v the coefficients ([n] and
-    [N], or []). Returns what `_gradients` does.
+    [N], or []). Gradients come at once, since dw/dl = w. Returns what `_gradients` does.
     """
     a, b = row_shift - bias, column_shift - bias
     u, v = row_coefficient.expand(len(rows)), column_coefficient.expand(len(columns))
@@ -79,13 +80,16 @@ def exponential_pass(
     def weigh(logits: Tensor, r: slice, c: slice) -> tuple[Tensor, Tensor, Tensor]:
         weights = weights_of(logits, r, c)
         if (diagonal := _diagonal(weights, r, c, offset)) is not None:
-            # Positives have weights of about 1, which their pull on the encoders all but cancels: in float64, since a
-            # logit of 100 rounded to float32 is off by 4e-6.
+            # A positive's weight and the pull all but cancel: in float64, since a logit of 100 rounded to float32 is
+            # off by 4e-6.
             i = slice(max(r.start, c.start - offset), min(r.stop, c.stop - offset))
             j = slice(i.start + offset, i.stop + offset)
-            logit = (rows[i].double() * columns[j].double()).sum(1) * scale.double() + log_weight
+            logit = (rows[i].double() * columns[j].double()).sum(1) * scale.double()
             a, b, u, v = (value[k].double() for value, k in zip(plain, (i, j, i, j), strict=True))
-            diagonal.copy_(u * (logit - a).exp() + v * (logit - b).exp())
+            positives = u * (logit + log_weight - a).exp() + v * (logit + log_weight - b).exp()
+            diagonal.copy_(positives - pull)
+            slope = weights.sum()
+            return slope + pull * (1 - logit - bias).sum().to(slope.dtype), slope, weights
         value = weights.sum()
         return value, value, weights
 

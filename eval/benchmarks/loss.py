@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -44,14 +45,30 @@ def ours(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
     return amortized_contrastive_loss(x, y, s, *log_z, positive_weight=POSITIVE_WEIGHT)
 
 
-def straightforward(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
-    """The same mathematics on the whole matrix, by autograd."""
+def _whole_matrix(x: Tensor, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, and both directions' log-partitions of the weighted logits."""
     logits = s * x @ y.T
-    weighted = logits + torch.eye(len(x), device=x.device) * torch.tensor(POSITIVE_WEIGHT, device=x.device).log()
-    log_z_image, log_z_text = weighted.logsumexp(1), weighted.logsumexp(0)
-    log_lambda_image, log_lambda_text = log_z_image.detach(), log_z_text.detach()
+    weighted = logits + torch.eye(len(x), device=x.device) * math.log(POSITIVE_WEIGHT)
+    return logits, weighted.logsumexp(1), weighted.logsumexp(0)
+
+
+def _whole_matrix_loss(matrix: tuple[Tensor, ...], log_lambda_image: Tensor, log_lambda_text: Tensor) -> Tensor:
+    logits, log_z_image, log_z_text = matrix
     partition_term = (log_z_image - log_lambda_image).exp().mean() + (log_z_text - log_lambda_text).exp().mean()
     return partition_term - 2 * logits.diagonal().mean()
+
+
+def straightforward(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+    """The same two functions, estimate and loss, on the whole matrix, by autograd."""
+    with torch.no_grad():
+        _, *log_lambda = _whole_matrix(x, y, s)
+    return _whole_matrix_loss(_whole_matrix(x, y, s), *log_lambda)
+
+
+def straightforward_kept(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+    """As `straightforward`, with the estimate's matrix and its graph kept for the loss."""
+    matrix = _whole_matrix(x, y, s)
+    return _whole_matrix_loss(matrix, matrix[1].detach(), matrix[2].detach())
 
 
 def infonce(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
@@ -73,7 +90,7 @@ def ours_siglip(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
 
 def contenders() -> dict[str, Callable]:
     """Name -> loss of (images, texts, scale); open_clip's where it can be imported."""
-    known = {f.__name__: f for f in (ours, straightforward, infonce, ours_infonce, ours_siglip)}
+    known = {f.__name__: f for f in (ours, straightforward, straightforward_kept, infonce, ours_infonce, ours_siglip)}
     try:
         from open_clip.loss import ClipLoss, SigLipLoss
     except ImportError:
