@@ -28,6 +28,11 @@ setup(
             "matplotlib",  # curves and contact sheets
         ],
         "eval": ["datasets>=4.0", "pillow", "pyyaml", "matplotlib"],
-        "dev": ["pytest", "ruff", "resvg-py"],  # tests; lint; rendering the demo's emoji
+        "dev": [
+            "pytest",  # tests
+            "ruff",  # lint
+            "resvg-py",  # rendering the demo's emoji
+            "triton; sys_platform == 'linux'",  # its interpreter runs the GPU kernels' tests on the CPU
+        ],
     },
 )

@@ -26,11 +26,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .kernels_amorlip import kernels_run_on
 from .tiles_amorlip import LogPartitions, PairSum, all_gather, exponential_pass, sigmoid_pass, world_size
 
 
 Negatives = Literal["local", "global"]
-DEFAULT_TILE_SIZE = 1024
+TILE_SIZE, TILE_SIZE_ON_GPU = 1024, 4096
 AMORTIZATION_OBJECTIVES = ("l2_log", "kl", "kl_sym", "js", "conjugate")
 LARGEST_EXPONENT = 30.0
 
@@ -44,7 +45,7 @@ def log_partitions(
     positive_weight: float = 1e-3,
     negatives: Negatives = "local",
     gathered_texts: Tensor | None = None,
-    tile_size: int = DEFAULT_TILE_SIZE,
+    tile_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-partitions of a batch in both directions, `log Z_i` and `log Z_j` (paper Section 3.2; sums, not means).
 
@@ -62,7 +63,8 @@ def log_partitions(
     Raises:
         ValueError: the shapes differ, `positive_weight` is negative or `negatives` is unknown.
     """
-    _check(image_embeds, text_embeds, positive_weight, tile_size)
+    tile_size = _check(image_embeds, text_embeds, positive_weight, tile_size)
+    image_embeds, text_embeds, gathered_texts = _in_autocast_dtype(image_embeds, text_embeds, gathered_texts)
     scale, bias = _as_scalars(image_embeds, logit_scale, logit_bias)
     columns, offset = _columns(text_embeds, negatives, gathered_texts)
     return LogPartitions.apply(
@@ -81,7 +83,7 @@ def amortized_contrastive_loss(
     positive_weight: float = 1e-3,
     negatives: Negatives = "local",
     gathered_texts: Tensor | None = None,
-    tile_size: int = DEFAULT_TILE_SIZE,
+    tile_size: int | None = None,
 ) -> Tensor:
     """The encoders' loss given amortized log-partitions (paper Eq. 6).
 
@@ -98,7 +100,8 @@ def amortized_contrastive_loss(
     Returns:
         A scalar: the mean over this process's pairs.
     """
-    _check(image_embeds, text_embeds, positive_weight, tile_size)
+    tile_size = _check(image_embeds, text_embeds, positive_weight, tile_size)
+    image_embeds, text_embeds, gathered_texts = _in_autocast_dtype(image_embeds, text_embeds, gathered_texts)
     scale, bias = _as_scalars(image_embeds, logit_scale, logit_bias)
     for name, value in (("log_partition_image", log_partition_image), ("log_partition_text", log_partition_text)):
         if value.shape != image_embeds.shape[:1]:
@@ -123,7 +126,7 @@ def sigmoid_contrastive_loss(
     logit_bias: Tensor | float | None = None,
     negatives: Negatives = "local",
     gathered_texts: Tensor | None = None,
-    tile_size: int = DEFAULT_TILE_SIZE,
+    tile_size: int | None = None,
 ) -> Tensor:
     """SigLIP's loss, every pair a binary question (Zhai et al. 2023, Eq. 1); arguments as in `log_partitions`.
 
@@ -132,7 +135,7 @@ def sigmoid_contrastive_loss(
     Returns:
         A scalar: the sum over this process's images and the texts they meet, over the number of its images.
     """
-    _check(image_embeds, text_embeds, 1.0, tile_size)
+    tile_size = _check(image_embeds, text_embeds, 1.0, tile_size)
     scale, bias = _as_scalars(image_embeds, logit_scale, logit_bias)
     columns, offset = _columns(text_embeds, negatives, gathered_texts)
     compute = functools.partial(sigmoid_pass, tile_size=tile_size)
@@ -221,7 +224,8 @@ def _columns(text_embeds: Tensor, negatives: Negatives, gathered: Tensor | None)
     return columns, 0 if columns is None else dist.get_rank() * len(text_embeds)
 
 
-def _check(image_embeds: Tensor, text_embeds: Tensor, positive_weight: float, tile_size: int) -> None:
+def _check(image_embeds: Tensor, text_embeds: Tensor, positive_weight: float, tile_size: int | None) -> int:
+    """The tile size; raises ValueError on arguments that cannot be."""
     if image_embeds.ndim != 2 or image_embeds.shape != text_embeds.shape:
         raise ValueError(
             "image_embeds and text_embeds must both have shape [N, d], a row a pair; "
@@ -231,8 +235,20 @@ def _check(image_embeds: Tensor, text_embeds: Tensor, positive_weight: float, ti
         raise ValueError("The batch is empty: image_embeds and text_embeds need at least one pair.")
     if positive_weight < 0:
         raise ValueError(f"positive_weight must be at least 0, got {positive_weight}.")
+    if tile_size is None:
+        return TILE_SIZE_ON_GPU if image_embeds.is_cuda else TILE_SIZE
     if tile_size < 1:
         raise ValueError(f"tile_size must be at least 1, got {tile_size}.")
+    return tile_size
+
+
+def _in_autocast_dtype(*embeds: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, float32 embeddings in its dtype where there are kernels for it; else as they are."""
+    device = embeds[0].device
+    if not (torch.is_autocast_enabled(device.type) and kernels_run_on(device)):
+        return embeds
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(e.to(dtype) if e is not None and e.dtype == torch.float32 else e for e in embeds)
 
 
 def _exp(value: Tensor) -> Tensor:

@@ -3,18 +3,21 @@
 Two passes serve every objective. `log_sum_exps` accumulates both directions' log-sum-exps of one reading of the
 logits. `exponential_pass` and `sigmoid_pass` turn a tile into the derivatives of a sum over pairs with respect to its
 logits, and so into a value and all gradients at once. Neither holds more than one `tile_size` x `tile_size` block, so
-memory is O(N d). Rows are this process's images, columns the texts that they meet; row i's positive is column
-i + `offset`.
+memory is O(N d). For half-precision embeddings on a GPU, Triton makes the blocks (`kernels_amorlip`). Rows are this
+process's images, columns the texts that they meet; row i's positive is column i + `offset`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from . import kernels_amorlip as kernels
 
 
 HIGHEST = 60.0  # largest exponent taken, so that sums of any length stay below float32's e^88
@@ -28,11 +31,15 @@ def log_sum_exps(
     rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor, offset: int, positive_weight: float, tile_size: int
 ) -> tuple[Tensor, Tensor]:
     """Row and column log-sum-exps of the weighted logits in one pass: ([n], [N])."""
+    if _has_kernels(rows):
+        log_rows, log_columns = kernels.log_sum_exps(rows, columns, scale, offset, _log(positive_weight))
+        return log_rows.add_(bias), log_columns.add_(bias)
     log_rows = rows.new_full((len(rows),), -math.inf, dtype=scale.dtype)
     log_columns = rows.new_full((len(columns),), -math.inf, dtype=scale.dtype)
     shift = _common_shift(rows, columns, scale)
-    for r, row_tile in _tiles(rows, scale, tile_size):
-        for c, logits in _logit_tiles(row_tile, columns, tile_size):
+    for r in _tiles(rows, tile_size):
+        for c in _tiles(columns, tile_size):
+            logits = _logits(rows[r], columns[c], scale)
             _weigh_positives(logits, r, c, offset, positive_weight)
             tile_rows, tile_columns = _tile_log_sum_exps(logits, shift)
             log_rows[r] = torch.logaddexp(log_rows[r], tile_rows)
@@ -61,37 +68,43 @@ def exponential_pass(
     """
     a, b = row_shift - bias, column_shift - bias
     u, v = row_coefficient.expand(len(rows)), column_coefficient.expand(len(columns))
-    log_weight = math.log(positive_weight) if positive_weight > 0 else -math.inf
     plain = a, b, u, v
-    common = _common_shift(rows, columns, scale)
+    fused, common = _has_kernels(rows), _common_shift(rows, columns, scale)
     # One exponential a pair instead of two: w = exp(l - k) (u exp(k - a) + v exp(k - b)). What underflows in the first
     # factor is then below exp(-LOST), whatever the second.
-    if common is not None and torch.minimum(a.min(), b.min()) > common + LOST - UNDERFLOW:
+    one_exponential = common is not None and torch.minimum(a.min(), b.min()) > common + LOST - UNDERFLOW
+    if one_exponential:
         u, v = u * (common - a).exp(), v * (common - b).exp()
 
-        def weights_of(logits: Tensor, r: slice, c: slice) -> Tensor:
-            return (logits.sub_(common) if common else logits).exp_().mul_(u[r, None] + v[c])
-    else:
-
-        def weights_of(logits: Tensor, r: slice, c: slice) -> Tensor:
+    def negative_weights(r: slice, c: slice) -> tuple[Tensor, Tensor]:
+        if fused:
+            shift = offset + r.start - c.start
+            return kernels.exponential_weights(rows[r], columns[c], scale, a[r], b[c], u[r], v[c], shift)
+        logits = _logits(rows[r], columns[c], scale)
+        if one_exponential:
+            weights = (logits.sub_(common) if common else logits).exp_().mul_(u[r, None] + v[c])
+        else:
             weights = (logits - a[r, None]).exp_().mul_(u[r, None])
-            return weights.add_(logits.sub_(b[c]).exp_().mul_(v[c]))
-
-    def weigh(logits: Tensor, r: slice, c: slice) -> tuple[Tensor, Tensor, Tensor]:
-        weights = weights_of(logits, r, c)
+            weights.add_(logits.sub_(b[c]).exp_().mul_(v[c]))
         if (diagonal := _diagonal(weights, r, c, offset)) is not None:
-            # A positive's weight and the pull all but cancel: in float64, since a logit of 100 rounded to float32 is
-            # off by 4e-6.
-            i = slice(max(r.start, c.start - offset), min(r.stop, c.stop - offset))
-            j = slice(i.start + offset, i.stop + offset)
-            logit = (rows[i].double() * columns[j].double()).sum(1) * scale.double()
-            a, b, u, v = (value[k].double() for value, k in zip(plain, (i, j, i, j), strict=True))
-            positives = u * (logit + log_weight - a).exp() + v * (logit + log_weight - b).exp()
-            diagonal.copy_(positives - pull)
-            slope = weights.sum()
-            return slope + pull * (1 - logit - bias).sum().to(slope.dtype), slope, weights
-        value = weights.sum()
-        return value, value, weights
+            diagonal.zero_()
+        return weights, weights.sum()
+
+    def weigh(r: slice, c: slice) -> Tile:
+        weights, total = negative_weights(r, c)
+        i = slice(max(r.start, c.start - offset), min(r.stop, c.stop - offset))
+        if i.start >= i.stop:
+            return Tile(total, total, weights)
+        # A positive's weight and the pull all but cancel: in float64, since a logit of 100 rounded to float32 is
+        # off by 4e-6.
+        j = slice(i.start + offset, i.stop + offset)
+        logit = (rows[i].double() * columns[j].double()).sum(1) * scale.double()
+        p, q, f, g = (value[k].double() for value, k in zip(plain, (i, j, i, j), strict=True))
+        log_weight = _log(positive_weight)
+        positives = f * (logit + log_weight - p).exp() + g * (logit + log_weight - q).exp()
+        slopes = (positives - pull).to(scale.dtype)
+        value = total + (positives - pull * (logit + bias)).sum().to(total.dtype)
+        return Tile(value, total + slopes.sum(), weights, (i, j, slopes))
 
     return _gradients(rows, columns, scale, tile_size, weigh)
 
@@ -101,23 +114,35 @@ def sigmoid_pass(
 ) -> tuple[Tensor, ...]:
     """Sum of softplus(z_ij), z = -l on the diagonal and l elsewhere. Returns what `_gradients` does."""
 
-    def weigh(logits: Tensor, r: slice, c: slice) -> tuple[Tensor, Tensor, Tensor]:
-        diagonal = _diagonal(logits.add_(bias), r, c, offset)
+    def weigh(r: slice, c: slice) -> Tile:
+        logits = _logits(rows[r], columns[c], scale).add_(bias)
+        diagonal = _diagonal(logits, r, c, offset)
         if diagonal is not None:
             diagonal.neg_()
         value = torch.nn.functional.softplus(logits).sum()
         logits.sigmoid_()
         if diagonal is not None:
             diagonal.neg_()
-        return value, logits.sum(), logits
+        return Tile(value, logits.sum(), logits)
 
     return _gradients(rows, columns, scale, tile_size, weigh)
 
 
-def _gradients(rows: Tensor, columns: Tensor, scale: Tensor, tile_size: int, weigh: Callable) -> tuple[Tensor, ...]:
-    """Value and gradients of a sum over pairs, given what `weigh` makes of a tile of logits s <x, y>.
+class Tile(NamedTuple):
+    """A tile's part of a sum over pairs, and the derivatives of that part by its logits."""
 
-    `weigh` returns the tile's value, the sum of its derivatives w by the logits, and the w themselves.
+    value: Tensor
+    slope: Tensor  # sum of all derivatives
+    weights: Tensor  # the derivatives [rows, columns], 0 where `positives` has them
+    positives: tuple[slice, slice, Tensor] | None = (
+        None  # rows, columns and derivatives that are too fine for `weights`
+    )
+
+
+def _gradients(
+    rows: Tensor, columns: Tensor, scale: Tensor, tile_size: int, weigh: Callable[[slice, slice], Tile]
+) -> tuple[Tensor, ...]:
+    """Value and gradients of a sum over pairs, given what `weigh` makes of a tile.
 
     Returns:
         (value [], bias gradient sum w [], scale gradient sum w <x, y> [], row gradients s W y [n, d], column gradients
@@ -125,29 +150,42 @@ def _gradients(rows: Tensor, columns: Tensor, scale: Tensor, tile_size: int, wei
     """
     row_grad, column_grad = (torch.zeros_like(side, dtype=scale.dtype) for side in (rows, columns))
     value, bias_grad, scale_grad = (scale.new_zeros(()) for _ in range(3))
-    for r, row_tile in _tiles(rows, scale, tile_size):
-        for c, logits in _logit_tiles(row_tile, columns, tile_size):
-            tile_value, tile_slope, weights = weigh(logits, r, c)
-            value += tile_value
-            bias_grad += tile_slope
-            row_grad[r].addmm_(weights, columns[c].to(scale.dtype))
-            column_grad[c].addmm_(weights.T, row_tile)  # row_tile carries the scale already
+    for r in _tiles(rows, tile_size):
+        for c in _tiles(columns, tile_size):
+            tile = weigh(r, c)
+            value += tile.value
+            bias_grad += tile.slope
+            _add_product(row_grad[r], tile.weights, columns[c])
+            _add_product(column_grad[c], tile.weights.T, rows[r])
+            if tile.positives is not None:
+                i, j, slopes = tile.positives
+                row_grad[i].addcmul_(slopes[:, None], columns[j].to(scale.dtype))
+                column_grad[j].addcmul_(slopes[:, None], rows[i].to(scale.dtype))
         scale_grad += (row_grad[r] * rows[r]).sum()
-    return value, bias_grad, scale_grad, row_grad.mul_(scale), column_grad
+    return value, bias_grad, scale_grad, row_grad.mul_(scale), column_grad.mul_(scale)
 
 
-def _tiles(rows: Tensor, scale: Tensor, tile_size: int):
-    """Yields (slice, scaled rows in the computing dtype)."""
-    for start in range(0, len(rows), tile_size):
-        r = slice(start, min(start + tile_size, len(rows)))
-        yield r, rows[r].to(scale.dtype) * scale
+def _add_product(total: Tensor, weights: Tensor, embeds: Tensor) -> None:
+    """total += weights @ embeds in the weights' dtype, accumulated over tiles in that of `total`."""
+    if weights.dtype == total.dtype:
+        total.addmm_(weights, embeds.to(total.dtype))
+    else:
+        total += weights @ embeds.to(weights.dtype)
 
 
-def _logit_tiles(row_tile: Tensor, columns: Tensor, tile_size: int):
-    """Yields (column slice, logits without bias [tile, tile])."""
-    for start in range(0, len(columns), tile_size):
-        c = slice(start, min(start + tile_size, len(columns)))
-        yield c, row_tile @ columns[c].to(row_tile.dtype).T
+def _has_kernels(embeds: Tensor) -> bool:
+    return embeds.dtype in kernels.HALF_PRECISION and kernels.kernels_run_on(embeds.device)
+
+
+def _tiles(embeds: Tensor, tile_size: int) -> Iterator[slice]:
+    """Slices of at most `tile_size` rows."""
+    for start in range(0, len(embeds), tile_size):
+        yield slice(start, min(start + tile_size, len(embeds)))
+
+
+def _logits(rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
+    """A tile's logits without bias, in the computing dtype."""
+    return (rows.to(scale.dtype) * scale) @ columns.to(scale.dtype).T
 
 
 def _diagonal(tile: Tensor, r: slice, c: slice, offset: int) -> Tensor | None:
@@ -159,12 +197,16 @@ def _diagonal(tile: Tensor, r: slice, c: slice, offset: int) -> Tensor | None:
 def _weigh_positives(logits: Tensor, r: slice, c: slice, offset: int, positive_weight: float) -> None:
     """Adds log c to the positives of a tile; before the exponential, or a large one would overflow first."""
     if positive_weight != 1 and (diagonal := _diagonal(logits, r, c, offset)) is not None:
-        diagonal += math.log(positive_weight) if positive_weight > 0 else -math.inf
+        diagonal += _log(positive_weight)
+
+
+def _log(weight: float) -> float:
+    return math.log(weight) if weight > 0 else -math.inf
 
 
 def _common_shift(rows: Tensor, columns: Tensor, scale: Tensor) -> float | None:
-    """A number k such that no exp(l - k) overflows and few underflow; None on a GPU, where reading it would wait."""
-    if rows.is_cuda:
+    """A number k such that no exp(l - k) overflows and few underflow; None where reading it would wait, or kernels do without."""
+    if rows.is_cuda or _has_kernels(rows):
         return None
     largest = scale * rows.norm(dim=1).max() * columns.norm(dim=1).max()  # no logit is larger (Cauchy-Schwarz)
     return max(0.0, float(largest) - HIGHEST)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import pretrain, run
+from conftest import TINY, pretrain, run
 
 
 def test_loss_benchmark(tmp_path):
@@ -34,3 +34,17 @@ def test_heads_benchmark(recipe, small_data, tmp_path):
     assert len(report["results"]) == 3 * 5 + 1
     for row in report["results"]:
         assert row["rms"] > 0 and row["ratio"] == pytest.approx(row["rms"] / report["batch_rms"])
+
+
+def test_step_benchmark(tmp_path, small_data):
+    tiny = {
+        "train_data": str(small_data), "projection_dim": 32,
+        "vision_config": TINY["vision_config"], "text_config": TINY["text_config"],
+    }  # fmt: skip
+    options = ["--batch_size", "16", "--steps", "2", "--rounds", "1", "--overrides", json.dumps(tiny)]
+    result = run("eval/benchmarks/step.py", *options, "--output", tmp_path / "step.json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "step.json").read_text())
+    assert [len(s) for s in report["seconds"].values()] == [2, 2]
+    clip, amorlip = report["results"]
+    assert clip["ratio"] == 1 and amorlip["ratio"] == amorlip["median"] / clip["median"]

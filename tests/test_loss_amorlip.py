@@ -156,3 +156,18 @@ def test_wrong_arguments_are_named(change, message):
         log_partitions(**arguments)
     with pytest.raises(ValueError, match="choose one of"):
         amortization_loss(torch.zeros(2), torch.zeros(2), objective="mse")
+
+
+def test_torch_compile_changes_nothing():
+    batch = make_batch(64, dtype=torch.float32)
+
+    def step(x, y, s):
+        with torch.no_grad():
+            log_z = log_partitions(x, y, s)
+        contrast = amortized_contrastive_loss(x, y, s, *log_z) + sigmoid_contrastive_loss(x, y, s)
+        return contrast + log_partitions(x, y, s)[0].mean()
+
+    value, compiled = step(*batch), torch.compile(step, backend="aot_eager")(*batch)
+    torch.testing.assert_close(compiled, value, rtol=0, atol=0)
+    for ours, wanted in zip(torch.autograd.grad(compiled, batch), torch.autograd.grad(value, batch), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=0)

@@ -8,18 +8,19 @@ The result is the whole batch's gradient, for one more forward pass.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .objectives import ContrastiveObjective, ObjectiveOutput
+from .objectives import ObjectiveOutput
 
 
 def cached_backward(
     accelerator: Accelerator,
     encoder: nn.Module,
-    objective: ContrastiveObjective,
+    objective: Callable[..., ObjectiveOutput],
     batch: dict[str, Tensor],
     sample_ids: Tensor,
     micro_batch_size: int,

@@ -26,7 +26,7 @@ from .checkpointing import TrainState, find_checkpoint, load_checkpoint, save_ch
 from .data import PairSampler, load_pairs, make_dataloader
 from .gradient_cache import cached_backward
 from .modeling import PairEncoder, build_model
-from .objectives import OBJECTIVES
+from .objectives import OBJECTIVES, ObjectiveOutput
 from .optimization import make_optimizer, set_learning_rates, settle_logit_scale
 
 
@@ -175,11 +175,11 @@ class Trainer:
         sample_ids = batch.pop("sample_ids")
         if arguments.micro_batch_size:
             output, logit_scale = cached_backward(
-                accelerator, self.encoder, self.objective, batch, sample_ids, arguments.micro_batch_size
+                accelerator, self.encoder, self._loss, batch, sample_ids, arguments.micro_batch_size
             )
         else:
             image_embeds, text_embeds, logit_scale, logit_bias = self.encoder(**batch)
-            output = self.objective(image_embeds, text_embeds, logit_scale, logit_bias, sample_ids)
+            output = self._loss(image_embeds, text_embeds, logit_scale, logit_bias, sample_ids)
             accelerator.backward(output.loss)
         metrics = {"loss": output.loss.detach(), **output.metrics, "logit_scale": logit_scale.detach()}
         if arguments.max_grad_norm:
@@ -191,6 +191,11 @@ class Trainer:
         self.optimizer.zero_grad()
         settle_logit_scale(scale_parameter, before, arguments.logit_scale_slow_above, arguments.max_logit_scale)
         return metrics
+
+    def _loss(self, *inputs: torch.Tensor | None) -> ObjectiveOutput:
+        """The objective, in mixed precision: `prepare` sees to the encoders only."""
+        with self.accelerator.autocast():
+            return self.objective(*inputs)
 
     # -- saving and evaluating -----------------------------------------------------------------------------------------
 
