@@ -205,7 +205,10 @@ def _log(weight: float) -> float:
 
 
 def _common_shift(rows: Tensor, columns: Tensor, scale: Tensor) -> float | None:
-    """A number k such that no exp(l - k) overflows and few underflow; None where reading it would wait, or kernels do without."""
+    """A number k such that no exp(l - k) overflows and few underflow.
+
+    None on a GPU, where reading it would wait, and for kernels, which do without.
+    """
     if rows.is_cuda or _has_kernels(rows):
         return None
     largest = scale * rows.norm(dim=1).max() * columns.norm(dim=1).max()  # no logit is larger (Cauchy-Schwarz)
