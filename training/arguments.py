@@ -63,6 +63,7 @@ class PretrainArguments:
     resume_from_checkpoint: str | None = _field(None, "'latest', or a folder checkpoints/step_XXXXXXXX")
     checkpoint_every: int = _field(1000, "steps between checkpoints")
     keep_last: int = _field(2, "number of checkpoints kept")
+    keep_every: int = _field(0, "steps whose multiples' checkpoints are kept for good; 0 keeps the last only")
     log_every: int = _field(10, "steps between lines of metrics.jsonl")
     eval_every: int = _field(0, "steps between evaluations; 0 evaluates at the end only")
     eval_tasks: list[str] = _field([], "tasks of eval/run.py to run on the model")

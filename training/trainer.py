@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -22,12 +24,16 @@ from eval.run import evaluate, print_table
 from eval.tasks import load_task
 
 from .arguments import PretrainArguments, build, unknown_name
-from .checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from .checkpointing import TrainState, find_checkpoint, load_checkpoint, lock_folder, save_checkpoint
 from .data import PairSampler, load_pairs, make_dataloader
 from .gradient_cache import cached_backward
+from .interruption import Interruption
 from .modeling import PairEncoder, build_model
 from .objectives import OBJECTIVES, ObjectiveOutput
 from .optimization import make_optimizer, set_learning_rates, settle_logit_scale
+
+
+RESUME = ["--resume_from_checkpoint", "latest"]
 
 
 class Trainer:
@@ -113,9 +119,10 @@ class Trainer:
         self.objective.to(self.accelerator.device)
         self.accelerator.register_for_checkpointing(self.objective)
 
-        self.state = TrainState(num_processes=self.accelerator.num_processes)
+        batch_size = self.sampler.global_batch_size
+        self.state = TrainState(num_processes=self.accelerator.num_processes, global_batch_size=batch_size)
         if checkpoint is not None:
-            self.state = load_checkpoint(self.accelerator, checkpoint)
+            self.state = load_checkpoint(self.accelerator, checkpoint, batch_size)
         self.sampler.start_step = self.state.step
         self._announce(len(pairs), checkpoint, augmentation)
 
@@ -135,9 +142,26 @@ class Trainer:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Runs to the last step, then saves the model at the root of `output_dir` and evaluates it."""
-        arguments, state, accelerator = self.arguments, self.state, self.accelerator
+        """Runs to the last step, then saves the model at the root of `output_dir` and evaluates it.
+
+        A signal to stop ends it after the step in progress, with a checkpoint.
+        """
         self._open_logs()
+        with Interruption(self.accelerator) as interruption:
+            self._run_steps(interruption)
+        if self.state.step == self.total_steps:
+            self.save_model()
+            self._evaluate(final=True)
+        else:
+            again = sys.argv if "--resume_from_checkpoint" in sys.argv else [*sys.argv, *RESUME]
+            self.accelerator.print(
+                f"Stopped by {interruption.name} after step {self.state.step}, which is saved. Go on with:\n"
+                f"accelerate launch {shlex.join(again)}"
+            )
+        self.accelerator.end_training()
+
+    def _run_steps(self, interruption: Interruption) -> None:
+        arguments, state, accelerator = self.arguments, self.state, self.accelerator
         self.encoder.train()
         progress = tqdm(
             total=self.total_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process,
@@ -157,16 +181,17 @@ class Trainer:
             state.step += 1
             state.samples_seen += self.sampler.global_batch_size
             progress.update()
-            if state.step % arguments.log_every == 0 or state.step == self.total_steps:
+            at_end, logs = state.step == self.total_steps, state.step % arguments.log_every == 0
+            if logs or at_end:
                 self._log(metrics, epoch, learning_rate, progress)
-            if arguments.eval_every and state.step % arguments.eval_every == 0 and state.step < self.total_steps:
+            stops = interruption.wanted(waits_anyway=logs)
+            if arguments.eval_every and state.step % arguments.eval_every == 0 and not (at_end or stops):
                 self._evaluate()
-            if state.step % arguments.checkpoint_every == 0 or state.step == self.total_steps:
-                save_checkpoint(accelerator, self.output_dir, state, arguments.keep_last)
+            if state.step % arguments.checkpoint_every == 0 or at_end or stops:
+                save_checkpoint(accelerator, self.output_dir, state, arguments.keep_last, arguments.keep_every)
+            if stops:
+                break
         progress.close()
-        self.save_model()
-        self._evaluate(final=True)
-        accelerator.end_training()
 
     def training_step(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One optimiser step on this process's batch; returns detached scalars, still on the device."""
@@ -229,7 +254,11 @@ class Trainer:
             self.accelerator.init_trackers("amorlip", config=_flat(dataclasses.asdict(self.arguments)))
         if not self.accelerator.is_main_process:
             return
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(self.output_dir)  # held as long as the trainer lives
+        except OSError as error:
+            raise UserError(f"output_dir {self.output_dir} cannot be written: {error.strerror}.") from None
         config = {"arguments": dataclasses.asdict(self.arguments), "versions": _versions()}
         self.processor.save_pretrained(self.output_dir)  # a resumed run reads its tokenizer here
         (self.output_dir / "run_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
