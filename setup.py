@@ -9,7 +9,7 @@ setup(
     description="AmorLIP: efficient language-image pretraining via amortized partition functions",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["modeling_amorlip", "training", "training.objectives", "eval"],
+    packages=["modeling_amorlip", "training", "training.objectives", "eval", "eval.metrics"],
     package_data={"training": ["recipes/*.yaml"], "eval": ["*.yaml"]},
     install_requires=[
         "torch>=2.6",
@@ -27,9 +27,18 @@ setup(
             "tqdm",  # progress bar
             "matplotlib",  # curves and contact sheets
         ],
-        "eval": ["datasets>=4.0", "pillow", "pyyaml", "matplotlib"],
+        "eval": [
+            "accelerate>=1.10",  # several processes
+            "datasets>=4.0",  # parquet, image folders, data sets of the Hub
+            "evaluate",  # metrics as modules that others can load
+            "pillow",
+            "pyyaml",
+            "matplotlib",
+            "tqdm",
+        ],
         "dev": [
             "pytest",  # tests
+            "scikit-learn",  # metrics to test ours against, and digits as real images
             "ruff",  # lint
             "resvg-py",  # rendering the demo's emoji
             "triton; sys_platform == 'linux'",  # its interpreter runs the GPU kernels' tests on the CPU

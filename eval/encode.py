@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from PIL import Image
@@ -11,23 +12,37 @@ from torch import Tensor
 
 
 def encode_images(model, processor, images: Iterable[Image.Image], batch_size: int = 256) -> Tensor:
-    """Unit-norm image embeddings [I, d], float32, on the CPU."""
+    """Unit-norm image embeddings [I, d], float32, on the CPU. A batch is made ready while the one before is encoded."""
 
-    def encode(batch):
-        pixels = processor.image_processor([on_white(image) for image in batch], return_tensors="pt")["pixel_values"]
-        return model.get_image_features(pixel_values=pixels.to(model.device))
+    def prepare(batch):
+        pixels = [on_white(image) for image in batch]
+        return processor.image_processor(pixels, return_tensors="pt")["pixel_values"]
 
-    return _encode(model, encode, images, batch_size)
+    def encode(pixels):
+        return model.get_image_features(pixel_values=pixels.to(model.device, model.dtype, non_blocking=True))
+
+    return torch.cat(list(_encode(model, prepare, encode, images, batch_size)))
 
 
 def encode_texts(model, processor, texts: Iterable[str], batch_size: int = 256) -> Tensor:
     """Unit-norm text embeddings [T, d], float32, on the CPU."""
+    return torch.cat(list(stream_texts(model, processor, texts, batch_size)))
 
-    def encode(batch):
-        tokens = processor.tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(model.device)
-        return model.get_text_features(**{key: tokens[key] for key in ("input_ids", "attention_mask")})
 
-    return _encode(model, encode, texts, batch_size)
+def stream_texts(model, processor, texts: Iterable[str], batch_size: int = 256) -> Iterator[Tensor]:
+    """As `encode_texts`, a batch at a time."""
+    # SigLIP was trained on texts padded to its context, without a mask.
+    padding = "max_length" if model.config.model_type.startswith("siglip") else True
+    context = model.config.text_config.max_position_embeddings
+
+    def prepare(batch):
+        return processor.tokenizer(batch, padding=padding, truncation=True, max_length=context, return_tensors="pt")
+
+    def encode(tokens):
+        known = ("input_ids", "attention_mask")
+        return model.get_text_features(**{name: tokens[name].to(model.device) for name in known if name in tokens})
+
+    yield from _encode(model, prepare, encode, texts, batch_size)
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -38,17 +53,21 @@ def on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-@torch.inference_mode()
-def _encode(model, encode, inputs: Iterable, batch_size: int) -> Tensor:
+def _encode(model, prepare, encode, inputs: Iterable, batch_size: int) -> Iterator[Tensor]:
     was_training = model.training
     model.eval()
+    batches = _batches(inputs, batch_size)
     try:
-        embeds = []
-        for batch in _batches(inputs, batch_size):
-            output = encode(batch)
-            embed = output if isinstance(output, Tensor) else output.pooler_output
-            embeds.append(torch.nn.functional.normalize(embed.float(), dim=-1).cpu())
-        return torch.cat(embeds)
+        with ThreadPoolExecutor(1) as thread:
+            # Inputs are read in the thread too, which keeps at most one batch ahead.
+            coming = thread.submit(lambda: (batch := next(batches, None)) and prepare(batch))
+            while (ready := coming.result()) is not None:
+                coming = thread.submit(lambda: (batch := next(batches, None)) and prepare(batch))
+                with torch.inference_mode():
+                    output = encode(ready)
+                    embed = output if isinstance(output, Tensor) else output.pooler_output
+                    embed = torch.nn.functional.normalize(embed.float(), dim=-1).cpu()
+                yield embed
     finally:
         model.train(was_training)
 
