@@ -31,6 +31,7 @@ setup(
             "accelerate>=1.10",  # several processes
             "datasets>=4.0",  # parquet, image folders, data sets of the Hub
             "evaluate",  # metrics as modules that others can load
+            "jinja2",  # model cards from their template
             "pillow",
             "pyyaml",
             "matplotlib",

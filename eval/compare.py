@@ -1,6 +1,8 @@
 """Compares finished training runs: mean and standard deviation over the runs that differ in nothing but their seed.
 
 python eval/compare.py outputs/compare/* --metrics acc1 acc5
+python eval/compare.py outputs/clip outputs/amorlip --plots pictures/      # differences to the first, and curves
+python eval/compare.py clip.json amorlip.json --plots pictures/            # the same of eval/run.py's results
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ if __package__ in (None, ""):
 import yaml  # noqa: E402
 
 from eval.errors import UserError  # noqa: E402
+from eval.plots import difference_bars, radar, training_curves  # noqa: E402
 
 
 DEFAULT_METRICS = ["acc1", "acc5", "text_retrieval_recall@1", "image_retrieval_recall@1", "pixel_baseline_acc1"]
@@ -50,18 +53,49 @@ def compare(folders: list[Path], metrics: list[str]) -> str:
     return "\n".join(lines)
 
 
+def scores_of(path: Path) -> dict[str, float]:
+    """Metrics of a run's folder, or the main metrics of the complete tasks of a results.json."""
+    if path.is_dir():
+        return read_run(path)[2]
+    try:
+        tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"].items()
+        return {k: t["metrics"][t["main_metric"]]["value"] for k, t in tasks if t["status"] == "complete"}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is neither a training run's folder nor what eval/run.py writes.") from None
+
+
 def _mean_and_deviation(values: list[float]) -> str:
     mean = f"{statistics.mean(values):.2f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
+def draw(paths: list[Path], folder: Path) -> None:
+    """Writes differences.png, with three scores or more radar.png, and curves.png where training runs are compared."""
+    scores = {path.stem: scores_of(path) for path in paths}
+    shared = [name for name in next(iter(scores.values())) if all(name in values for values in scores.values())]
+    if len(scores) < 2 or not shared:
+        raise UserError(f"--plots needs two runs or more with scores in common; got {', '.join(scores)}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = {run: {name: 100 * values[name] for name in shared} for run, values in scores.items()}
+    difference_bars(shown, folder / "differences.png")
+    if len(shared) > 2:
+        radar(shown, folder / "radar.png")
+    logs = {path.stem: path / "metrics.jsonl" for path in paths if (path / "metrics.jsonl").is_file()}
+    if logs:
+        training_curves(logs, folder / "curves.png")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders of training runs")
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders of training runs, or results of eval/run.py")
+    parser.add_argument("--plots", type=Path, help="folder for plots of the runs against the first, instead of a table")
     parser.add_argument("--metrics", nargs="+", default=DEFAULT_METRICS, help="columns of the table")
     arguments = parser.parse_args()
     try:
-        print(compare(arguments.runs, arguments.metrics))
+        if arguments.plots:
+            draw(arguments.runs, arguments.plots)
+        else:
+            print(compare(arguments.runs, arguments.metrics))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

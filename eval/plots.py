@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -32,17 +33,59 @@ def contact_sheet(images, names: list[str], best: list[list[str]], path: str | P
     plt.close(figure)
 
 
-def training_curves(metrics_file: str | Path, path: str | Path) -> None:
-    """Plots loss, logit scale and, where it was logged, the log-partition error against the step."""
-    lines = [json.loads(line) for line in Path(metrics_file).read_text(encoding="utf-8").splitlines()]
+def training_curves(logs: dict[str, Path], path: str | Path) -> None:
+    """Plots loss, logit scale and, where it was logged, the log-partition error against the step: {run: metrics.jsonl}."""
+    runs = {
+        name: [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
+        for name, log in logs.items()
+    }
     titles = {"loss": "loss", "logit_scale": "logit scale", "partition_error": "log-partition error (nats)"}
-    shown = [name for name in titles if name in lines[0]]
+    shown = [name for name in titles if any(name in lines[0] for lines in runs.values())]
     figure, axes = plt.subplots(1, len(shown), figsize=(4.5 * len(shown), 3.2), squeeze=False)
     for axis, name in zip(axes[0], shown, strict=True):
-        axis.plot([line["step"] for line in lines], [line[name] for line in lines], linewidth=1)
+        for run, lines in runs.items():
+            if name in lines[0]:
+                axis.plot([line["step"] for line in lines], [line[name] for line in lines], linewidth=1, label=run)
         axis.set_title(titles[name])
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
+    if len(runs) > 1:
+        axes[0, 0].legend(fontsize=8)
+    _save(figure, path)
+
+
+def difference_bars(scores: dict[str, dict[str, float]], path: str | Path) -> None:
+    """Bars of each run's scores (per cent) less the first run's: {run: {score: value}}, all with the same scores."""
+    (first, base), *others = scores.items()
+    figure, axis = plt.subplots(figsize=(max(5, 0.45 * len(base) * len(others) + 2), 3.8))
+    width = 0.8 / len(others)
+    for k, (run, values) in enumerate(others):
+        places = [i + (k - (len(others) - 1) / 2) * width for i in range(len(base))]
+        axis.bar(places, [values[name] - base[name] for name in base], width, label=run)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(base)), list(base), rotation=45, ha="right", fontsize=8)
+    axis.set_ylabel(f"points over {first}")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3, axis="y")
+    _save(figure, path)
+
+
+def radar(scores: dict[str, dict[str, float]], path: str | Path) -> None:
+    """Scores on axes around a circle, each axis from 0 to its best run."""
+    names = list(next(iter(scores.values())))
+    best = {name: max(values[name] for values in scores.values()) or 1 for name in names}
+    angles = [2 * math.pi * i / len(names) for i in range(len(names))]
+    figure, axis = plt.subplots(figsize=(6, 5), subplot_kw={"projection": "polar"})
+    for run, values in scores.items():
+        radii = [values[name] / best[name] for name in names]
+        axis.plot([*angles, angles[0]], [*radii, radii[0]], label=run, linewidth=1.2)
+    axis.set_xticks(angles, names, fontsize=7)
+    axis.set_yticks([0.25, 0.5, 0.75, 1], [])
+    axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(-0.2, -0.15))
+    _save(figure, path)
+
+
+def _save(figure, path: str | Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

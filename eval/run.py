@@ -27,6 +27,7 @@ import torch  # noqa: E402
 
 from eval.errors import UserError  # noqa: E402
 from eval.evaluators import RESAMPLES, SCORINGS, Share, evaluate_task  # noqa: E402
+from eval.publish import publish  # noqa: E402
 from eval.tasks import ROOT, Task, aggregate, known_tasks, select_tasks  # noqa: E402
 
 
@@ -232,8 +233,11 @@ def main() -> int:
     parser.add_argument("--contact_sheet", type=Path, help="PNG of images with their five best captions to draw")
     parser.add_argument("--batch_size", type=int, default=256, help="images or texts encoded at a time")
     parser.add_argument("--bootstrap", type=int, default=RESAMPLES, help="resamples for confidence intervals; 0: none")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="publish the model's folder with these results")
     arguments = parser.parse_args()
     try:
+        if arguments.push_to_hub and not (arguments.output and Path(arguments.model or "").is_dir()):
+            raise UserError("--push_to_hub needs --output, and a folder as --model.")
         if arguments.list:
             list_tasks()
             return 0
@@ -252,6 +256,8 @@ def main() -> int:
         model, processor = load_model(arguments.model)
         report = new_report(arguments, model)
         run_tasks(model.to(device), processor, tasks, report, arguments, share)
+        if arguments.push_to_hub and share.rank == 0:
+            print(publish(Path(arguments.model), arguments.push_to_hub, arguments.output))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -147,3 +147,29 @@ def test_compare_tabulates_runs_over_seeds(tmp_path):
     ):
         result = run("eval/compare.py", *arguments, *([] if "--metrics" in arguments else ["--metrics", "acc1"]))
         assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_compare_draws_two_real_runs(recipe_factory, trained, tmp_path):
+    other = pretrain(recipe_factory(tmp_path, max_steps=2, warmup_steps=1, objective="clip", objective_args={}))
+    assert other.returncode == 0, other.stderr
+    results = []
+    for name, folder in (("clip", tmp_path / "run"), ("amorlip", trained)):
+        results.append(tmp_path / f"{name}.json")
+        command = ["--tasks", "emoji_openmoji", "--output", results[-1], "--bootstrap", "0"]
+        assert run("eval/run.py", "--model", folder, *command).returncode == 0
+        entry = json.loads(results[-1].read_text())["tasks"]["emoji_openmoji"]
+        metrics = [{"metric": k, "value": v["value"]} for k, v in entry["metrics"].items()]
+        (folder / "eval.jsonl").write_text(json.dumps({"step": 2, "results": metrics}) + "\n")
+    for paths, drawn in (
+        ([tmp_path / "run", trained], {"differences.png", "radar.png", "curves.png"}),
+        (results, {"differences.png"}),
+    ):
+        folder = tmp_path / f"plots{len(drawn)}"
+        if paths is not results:
+            (tmp_path / "run").rename(tmp_path / "clip_run")
+            paths = [tmp_path / "clip_run", trained]
+        result = run("eval/compare.py", *paths, "--plots", folder)
+        assert result.returncode == 0, result.stderr
+        assert {path.name for path in folder.iterdir()} == drawn
+    result = run("eval/compare.py", results[0], "--plots", tmp_path)
+    assert result.returncode == 1 and "two runs or more" in result.stderr

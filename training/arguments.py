@@ -67,6 +67,7 @@ class PretrainArguments:
     log_every: int = _field(10, "steps between lines of metrics.jsonl")
     eval_every: int = _field(0, "steps between evaluations; 0 evaluates at the end only")
     eval_tasks: list[str] = _field([], "tasks of eval/run.py to run on the model")
+    push_to_hub: str | None = _field(None, "repository USER/NAME that the finished model is published to")
     report_to: str = _field("none", "tracker for Accelerate's log_with: none, tensorboard, wandb, ...")
     # Data
     train_data: str = _field("", "parquet, CSV or JSON file, image folder, saved data set or Hub name (required)")

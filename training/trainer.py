@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from eval.errors import UserError
 from eval.plots import training_curves
+from eval.publish import publish
 from eval.run import evaluate, print_table
 from eval.tasks import load_task
 
@@ -152,6 +153,8 @@ class Trainer:
         if self.state.step == self.total_steps:
             self.save_model()
             self._evaluate(final=True)
+            if self.arguments.push_to_hub and self.accelerator.is_main_process:
+                print(f"Published   {publish(self.output_dir, self.arguments.push_to_hub)}")
         else:
             again = sys.argv if "--resume_from_checkpoint" in sys.argv else [*sys.argv, *RESUME]
             self.accelerator.print(
@@ -243,7 +246,8 @@ class Trainer:
                 _append_line(self.output_dir / "eval.jsonl", {"step": self.state.step, "results": results})
                 print_table(results)
             if final:
-                training_curves(self.output_dir / "metrics.jsonl", self.output_dir / "training_curves.png")
+                log = {self.arguments.objective: self.output_dir / "metrics.jsonl"}
+                training_curves(log, self.output_dir / "training_curves.png")
         self.encoder.train()
         self.accelerator.wait_for_everyone()
 
