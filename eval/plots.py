@@ -34,7 +34,7 @@ def contact_sheet(images, names: list[str], best: list[list[str]], path: str | P
 
 
 def training_curves(logs: dict[str, Path], path: str | Path) -> None:
-    """Plots loss, logit scale and, where it was logged, the log-partition error against the step: {run: metrics.jsonl}."""
+    """Plots loss, logit scale and, where logged, the log-partition error against the step: {run: metrics.jsonl}."""
     runs = {
         name: [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
         for name, log in logs.items()
