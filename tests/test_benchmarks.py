@@ -48,3 +48,13 @@ def test_step_benchmark(tmp_path, small_data):
     assert [len(s) for s in report["seconds"].values()] == [2, 2]
     clip, amorlip = report["results"]
     assert clip["ratio"] == 1 and amorlip["ratio"] == amorlip["median"] / clip["median"]
+
+
+def test_evaluation_benchmark(recipe, tmp_path):
+    assert pretrain(recipe(max_steps=3)).returncode == 0
+    output = tmp_path / "evaluation.json"
+    options = ["--images", "200", "--batch_size", "64", "--rounds", "1", "--output", output]
+    result = run("eval/benchmarks/evaluation.py", "--model", tmp_path / "run", *options)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(output.read_text())
+    assert report["ratio"] == report["loop"] / report["model"] and report["model"] > 0
