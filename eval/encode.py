@@ -14,9 +14,16 @@ from torch import Tensor
 def encode_images(model, processor, images: Iterable[Image.Image], batch_size: int = 256) -> Tensor:
     """Unit-norm image embeddings [I, d], float32, on the CPU. A batch is made ready while the one before is encoded."""
 
+    ready = processor.image_processor
+
     def prepare(batch):
-        pixels = [on_white(image) for image in batch]
-        return processor.image_processor(pixels, return_tensors="pt")["pixel_values"]
+        images = [on_white(image) for image in batch]
+        if not (ready.do_rescale and ready.do_normalize):
+            return ready(images, return_tensors="pt")["pixel_values"]
+        # The processor would scale image by image; a whole batch at once takes a third of the time.
+        pixels = ready(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (ready.image_mean, ready.image_std))
+        return pixels.float().mul_(ready.rescale_factor).sub_(mean).div_(std)
 
     def encode(pixels):
         return model.get_image_features(pixel_values=pixels.to(model.device, model.dtype, non_blocking=True))

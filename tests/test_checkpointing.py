@@ -58,7 +58,7 @@ def test_a_signal_stops_after_the_step_and_saves_it(recipe, tmp_path, name, work
 
 
 def test_a_signal_to_one_process_stops_all(recipe, tmp_path):
-    process = start(recipe(num_train_epochs=40, per_device_train_batch_size=8), tmp_path / "run", launch=2)
+    process = start(recipe(num_train_epochs=4000, per_device_train_batch_size=8), tmp_path / "run", launch=2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGUSR1)
     said, errors = process.communicate(timeout=120)
@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(run_folder, tmp_path):
 
 
 def test_a_folder_serves_one_run_at_a_time(recipe, tmp_path):
-    path = recipe(num_train_epochs=40)
+    path = recipe(num_train_epochs=4000)  # longer than the second run takes to start
     process = start(path, tmp_path / "run")
     second = pretrain(path, "--resume_from_checkpoint", "latest")
     process.send_signal(signal.SIGTERM)
