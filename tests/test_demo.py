@@ -44,10 +44,10 @@ def test_command_line_gives_the_trainers_results(short, tmp_path):
     output = tmp_path / "results.json"
     result = run("eval/run.py", "--model", short[0], "--tasks", "emoji_openmoji", "--output", output)
     assert result.returncode == 0, result.stderr
-    report = json.loads(output.read_text())
-    assert report["schema_version"] == 1
-    assert report["results"] == json.loads((short[0] / "eval.jsonl").read_text())["results"]
-    assert {r["num_samples"] for r in report["results"]} == {1630}
+    entry = json.loads(output.read_text())["tasks"]["emoji_openmoji"]
+    assert entry["status"] == "complete" and entry["num_samples"] == 1630
+    results = json.loads((short[0] / "eval.jsonl").read_text())["results"]
+    assert {r["metric"]: r["value"] for r in results} == {name: m["value"] for name, m in entry["metrics"].items()}
 
 
 @pytest.mark.slow
