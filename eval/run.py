@@ -34,9 +34,9 @@ from eval.tasks import ROOT, Task, aggregate, known_tasks, select_tasks  # noqa:
 SCHEMA_VERSION = 2
 
 
-def evaluate(model, processor, task: Task, sheet: Path | None = None) -> list[dict]:
+def evaluate(model, processor, task: Task, share: Share, sheet: Path | None = None) -> list[dict]:
     """A task's metrics while a model is trained: [{"task", "metric", "value" (a fraction), "num_samples"}, ...]."""
-    entry = evaluate_task(model, processor, task, sheet=sheet, resamples=0)
+    entry = evaluate_task(model, processor, task, share=share, sheet=sheet, resamples=0)
     return [
         {"task": task.name, "metric": name, "value": metric["value"], "num_samples": entry["num_samples"]}
         for name, metric in entry["metrics"].items()
