@@ -6,7 +6,6 @@ import time
 import datasets
 import pytest
 from conftest import DEMO, run
-from huggingface_hub import DatasetCard
 from PIL import Image
 
 
@@ -31,8 +30,7 @@ def test_trains_evaluates_and_draws(short):
     assert {r["metric"] for r in results} >= {"acc1", "acc5", "text_retrieval_recall@1", "image_retrieval_recall@10"}
 
 
-def test_the_data_card_says_how_to_load_it(tmp_path):
-    DatasetCard.load(DEMO / "README.md").validate()
+def test_the_data_card_says_how_to_load_it():
     for name, split, rows in ((None, "train", 5118), ("openmoji", "test", 1630)):
         assert len(datasets.load_dataset(str(DEMO), name, split=split)) == rows
 

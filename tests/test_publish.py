@@ -178,9 +178,10 @@ def test_tasks_are_read_straight_from_the_hub(hub, trained, demo_rows, tmp_path)
     upload = (
         "import sys, huggingface_hub as h; api = h.HfApi(); api.create_repo('user/wds_pets', repo_type='dataset')\n"
     )
-    upload += "api.upload_folder(repo_id='user/wds_pets', repo_type='dataset', folder_path=sys.argv[1])"
+    upload += "api.upload_folder(repo_id='user/wds_pets', repo_type='dataset', folder_path=sys.argv[1])\n"
+    upload += "h.DatasetCard.load('demo_data/emoji/README.md').validate()"
     env = environment(hub, tmp_path / "uploader")
-    subprocess.run([sys.executable, "-c", upload, data], env=env, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", upload, data], cwd=ROOT, env=env, check=True, capture_output=True)
     task = tmp_path / "task.yaml"
     task.write_text("pets: {repositories: [user/absent, user/wds_pets], size: 10}")
     reports = []
