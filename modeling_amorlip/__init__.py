@@ -8,9 +8,10 @@ from transformers import (
     CLIPProcessor,
 )
 
-from .configuration_amorlip import AmorLIPAmortizerConfig, AmorLIPConfig
+from .configuration_amorlip import AmorLIPAmortizerConfig, AmorLIPConfig, AmorLIPResNetConfig
 from .loss_amorlip import amortization_loss, amortized_contrastive_loss, log_partitions
 from .modeling_amorlip import AmorLIPAmortizer, AmorLIPModel, AmorLIPOutput, AmorLIPPreTrainedModel
+from .resnet_amorlip import AmorLIPResNetModel
 
 
 AutoConfig.register("amorlip", AmorLIPConfig)
@@ -21,6 +22,8 @@ AutoProcessor.register(AmorLIPConfig, CLIPProcessor)
 # Saved folders carry this code, so that they load with trust_remote_code=True where the package is not installed.
 AmorLIPConfig.register_for_auto_class()
 AmorLIPModel.register_for_auto_class("AutoModel")
+AmorLIPResNetConfig.register_for_auto_class()
+AmorLIPResNetModel.register_for_auto_class("AutoModel")
 
 __all__ = [
     "AmorLIPAmortizer",
@@ -29,6 +32,8 @@ __all__ = [
     "AmorLIPModel",
     "AmorLIPOutput",
     "AmorLIPPreTrainedModel",
+    "AmorLIPResNetConfig",
+    "AmorLIPResNetModel",
     "amortization_loss",
     "amortized_contrastive_loss",
     "log_partitions",
