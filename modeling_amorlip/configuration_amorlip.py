@@ -89,9 +89,9 @@ class AmorLIPConfig(PreTrainedConfig):
             to `CLIPTextConfig()`.
         amortizer_config (`dict` or `AmorLIPAmortizerConfig`, *optional*): the amortizer heads.
         projection_dim (`int`, defaults to 512): d, the size of the shared embedding space.
-        vision_projection, text_projection (`bool`, *optional*): whether a linear layer takes the encoder's pooled output
-            there; without it, the pooled output is the embedding. Defaults to `True`, but for an encoder whose config
-            has `output_dim` equal to `projection_dim`: it ends in a projection of its own.
+        vision_projection, text_projection (`bool`, *optional*): whether a linear layer takes the encoder's pooled
+            output there; without it, the pooled output is the embedding. Defaults to `True`, but for an encoder whose
+            config has `output_dim` equal to `projection_dim`: it ends in a projection of its own.
         logit_scale_init_value (`float`, defaults to 2.6592): *logarithm* of the initial logit scale; log(1 / 0.07).
         logit_bias_init_value (`float`, *optional*): initial logit bias; without it the model has none.
 
