@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import (
+    AutoModel,
+    PreTrainedModel,
+    Siglip2TextConfig,
+    Siglip2TextModel,
+    SiglipTextConfig,
+    SiglipTextModel,
+)
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
@@ -20,6 +27,9 @@ from .resnet_amorlip import AmorLIPResNetModel
 
 # Here rather than in the package: a folder loaded with trust_remote_code has no package.
 AutoModel.register(AmorLIPResNetConfig, AmorLIPResNetModel, exist_ok=True)
+# Towers that Transformers itself builds only inside of their dual encoders.
+AutoModel.register(SiglipTextConfig, SiglipTextModel, exist_ok=True)
+AutoModel.register(Siglip2TextConfig, Siglip2TextModel, exist_ok=True)
 
 
 @dataclass
