@@ -215,7 +215,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"{path} is refused: it is no file of tensors, or holds code that would run on loading. Take weights as "
-            f"safetensors, or a state_dict saved by torch.save alone. ({str(error).splitlines()[0]})"
+            f"safetensors, or a state_dict saved by torch.save alone. ({str(error).partition(chr(10))[0]})"
         ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; a dictionary of tensors is needed.")
