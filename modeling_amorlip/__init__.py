@@ -16,6 +16,7 @@ from .resnet_amorlip import AmorLIPResNetModel
 
 AutoConfig.register("amorlip", AmorLIPConfig)
 AutoModel.register(AmorLIPConfig, AmorLIPModel)
+AutoModel.register(AmorLIPResNetConfig, AmorLIPResNetModel)
 AutoModelForZeroShotImageClassification.register(AmorLIPConfig, AmorLIPModel)
 AutoProcessor.register(AmorLIPConfig, CLIPProcessor)
 

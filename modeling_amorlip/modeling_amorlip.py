@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
+    PreTrainedConfig,
     PreTrainedModel,
     Siglip2TextConfig,
     Siglip2TextModel,
@@ -20,13 +21,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .amortizer_amorlip import AmorLIPAmortizer, EmbeddingRing, PrototypeHead, RandomFeaturesHead
-from .configuration_amorlip import AmorLIPConfig, AmorLIPResNetConfig
+from .configuration_amorlip import AmorLIPConfig
 from .loss_amorlip import log_partitions, positive_logits
 from .resnet_amorlip import AmorLIPResNetModel
 
 
-# Here rather than in the package: a folder loaded with trust_remote_code has no package.
-AutoModel.register(AmorLIPResNetConfig, AmorLIPResNetModel, exist_ok=True)
 # Towers that Transformers itself builds only inside of their dual encoders.
 AutoModel.register(SiglipTextConfig, SiglipTextModel, exist_ok=True)
 AutoModel.register(Siglip2TextConfig, Siglip2TextModel, exist_ok=True)
@@ -123,7 +122,7 @@ class AmorLIPModel(AmorLIPPreTrainedModel):
 
     def __init__(self, config: AmorLIPConfig):
         super().__init__(config)
-        self.vision_model = AutoModel.from_config(config.vision_config)
+        self.vision_model = _vision_encoder(config.vision_config)
         self.text_model = AutoModel.from_config(config.text_config)
         self.visual_projection = _projection(config, "vision", _embedding_size(config.vision_config))
         self.text_projection = _projection(config, "text", _embedding_size(config.text_config))
@@ -231,6 +230,13 @@ class AmorLIPModel(AmorLIPPreTrainedModel):
     def log_prob_per_text(outputs: AmorLIPOutput) -> Tensor:
         """log P(image | text) / P(image) as [T, I] nats; see `log_prob_per_image`."""
         return outputs.logits_per_text - outputs.log_partition_per_text[:, None]
+
+
+def _vision_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    # By name: under trust_remote_code, configuration and model come from two copies of the configuration's module.
+    if config.model_type == AmorLIPResNetModel.config_class.model_type:
+        return AmorLIPResNetModel._from_config(config)
+    return AutoModel.from_config(config)
 
 
 def _projection(config: AmorLIPConfig, side: str, size: int) -> nn.Module:

@@ -423,7 +423,7 @@ def test_a_pickle_with_code_is_refused(stored, tmp_path, where):
         "optimizer": {"state_dict": weights, "optimizer": code},
     }[where]
     torch.save(content, folder / "model.pt")
-    with pytest.raises(ValueError, match="is refused"):
+    with pytest.raises(ValueError, match="is refused: it holds code .*posix.system"):
         convert(folder / "model.pt")
     assert not (tmp_path / "ran").exists()
 
@@ -432,15 +432,23 @@ def test_command_line_says_what_is_wrong(tmp_path):
     torch.save(Malicious(f"touch {tmp_path}/ran"), tmp_path / "model.pt")
     result = run(CONVERT, "--source", tmp_path / "model.pt", "--output", tmp_path / "ours")
     assert result.returncode == 1
-    assert result.stderr.startswith("error: ") and "is refused" in result.stderr
+    assert "\nerror: " in result.stderr and "is refused" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "ran").exists() and not (tmp_path / "ours").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04"])
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
-    (tmp_path / "model.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="is refused"):
+def test_torchscript_is_refused(tmp_path):
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="is refused: it holds code .*TorchScript"):
         convert(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content, suffix):
+    path = (tmp_path / "model").with_suffix(suffix)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is refused: it is no file of tensors"):
+        convert(path)
 
 
 def test_code_of_a_source_is_never_run(tmp_path):
