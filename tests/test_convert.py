@@ -2,11 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
+from hub_server import Hub, Repository
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -220,6 +223,30 @@ def test_open_clip_folder(stored, tmp_path):
     ours_visual = [*ours.vision_model.parameters(), *ours.visual_projection.parameters()]
     assert sum(p.numel() for p in ours_visual) == visual - batches
     assert ours.config.text_config.hidden_act == ("quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu")
+
+
+def test_names_on_the_hub(stored, tmp_path):
+    """Once OpenCLIP's files alone, once with Transformers' beside them, which then count."""
+    folder, weights, _, tensors = stored
+    other = clip() if "visual.proj" in weights else None
+    if other:
+        other.save_pretrained(folder)
+    hub = Hub()
+    repository = hub.repositories["user/clip"] = Repository(private=False)
+    repository.branches["main"] = repository.add({f.name: f.read_bytes() for f in folder.iterdir()}, "weights")
+    environment = {
+        "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+    }  # fmt: skip
+    command = [sys.executable, CONVERT, "--source", "user/clip", "--output", str(tmp_path / "ours")]
+    result = subprocess.run(command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True)
+    hub.close()
+    assert result.returncode == 0, result.stderr
+    ours = AutoModel.from_pretrained(tmp_path / "ours")
+    if other:
+        assert_same(other, ours, pixel_values=torch.randn(2, 3, 32, 32), input_ids=padded_texts(99)[0])
+    else:
+        assert_same_features(ours, tensors)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
