@@ -64,7 +64,9 @@ LAYER_NAMES = (
 TRANSPOSED = ("visual.proj", "text_projection")  # OpenCLIP multiplies from the right
 
 # What a model_cfg of OpenCLIP may say; anything else, if set, asks for an architecture that is not CLIP's.
-MODEL_FIELDS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_bias"}
+MODEL_FIELDS = {
+    "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias",
+}  # fmt: skip
 VISION_FIELDS = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "patch_dropout"}
 TEXT_FIELDS = {
     "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pool_type", "eos_id",
@@ -133,12 +135,8 @@ def convert_transformers(source: str | os.PathLike) -> Converted:
     if not projects and not config.vision_config.vision_use_head:
         raise ValueError(f"{source}: vision_config.vision_use_head is False, so there is no image embedding to match.")
     other = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
-    weights = other.state_dict()
-    for name in ("logit_scale", "logit_bias"):
-        if name in weights:
-            weights[name] = weights[name].reshape(())  # [1] in SigLIP
     model = _build(
-        weights,
+        other.state_dict(),
         vision_config=config.vision_config.to_dict(),
         text_config=config.text_config.to_dict(),
         projection_dim=config.projection_dim if projects else config.vision_config.hidden_size,
@@ -154,6 +152,7 @@ def convert_transformers(source: str | os.PathLike) -> Converted:
 
 def _build(weights: dict[str, Tensor], **fields) -> AmorLIPModel:
     """A model with these weights, which must be all of its own but for the heads."""
+    weights = {name: w.reshape(()) if name.startswith("logit_") else w for name, w in weights.items()}  # [1] in SigLIP
     model = AmorLIPModel(AmorLIPConfig(**fields, logit_bias_init_value=0.0 if "logit_bias" in weights else None))
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -243,7 +242,6 @@ def open_clip_architecture(weights: dict[str, Tensor], model_cfg: dict, hidden_a
             "bos_token_id": vocab_size - 2,
             "eos_token_id": text_cfg.get("eos_id", 2) if text_cfg.get("pool_type") == "eos" else vocab_size - 1,
         }
-        head_width = vision_cfg.get("head_width", 64)
         if "visual.attnpool.c_proj.weight" in weights:
             output_dim, channels = weights["visual.attnpool.c_proj.weight"].shape
             grid = math.isqrt(len(weights["visual.attnpool.positional_embedding"]) - 1)
@@ -251,18 +249,21 @@ def open_clip_architecture(weights: dict[str, Tensor], model_cfg: dict, hidden_a
                 "model_type": "amorlip_resnet",
                 "width": channels // 32,
                 "depths": [_count(weights, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)],
-                "num_attention_heads": channels // head_width,
+                "num_attention_heads": channels // vision_cfg.get("head_width", 64),
                 "image_size": vision_cfg.get("image_size", 32 * grid),
                 "output_dim": output_dim,
             }
         else:
             width, _, patch_size, _ = weights["visual.conv1.weight"].shape
+            heads = width // vision_cfg.get("head_width", 64)
+            if not vision_cfg:
+                heads = max(1, min(16, heads))  # ViT-H and larger ones have wider heads, not more
             grid = math.isqrt(len(weights["visual.positional_embedding"]) - 1)
             vision_config = {
                 "model_type": "clip_vision_model",
                 "image_size": grid * patch_size,
                 "patch_size": patch_size,
-                **_transformer(weights, "visual.transformer", hidden_act, max(1, width // head_width)),
+                **_transformer(weights, "visual.transformer", hidden_act, heads),
             }
         projection_dim = weights["text_projection"].shape[1]
     except KeyError as error:
@@ -406,7 +407,7 @@ def main() -> int:
             tokenizer=arguments.tokenizer,
             batch_size=arguments.batch_size,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     save(converted, arguments.output)

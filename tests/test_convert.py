@@ -12,6 +12,7 @@ from conftest import ROOT, run
 from hub_server import Hub, Repository
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModel,
@@ -20,10 +21,13 @@ from transformers import (
     CLIPImageProcessor,
     CLIPModel,
     CLIPProcessor,
+    PreTrainedTokenizerFast,
     Siglip2Config,
     Siglip2Model,
     SiglipConfig,
+    SiglipImageProcessor,
     SiglipModel,
+    SiglipProcessor,
 )
 
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel
@@ -131,6 +135,13 @@ def test_transformers_siglip(tmp_path):
     nn.init.constant_(other.logit_bias, -3.0)
     nn.init.constant_(other.logit_scale, 2.0)
     other.save_pretrained(tmp_path / "siglip")
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "red": 2, "heart": 3}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", model_input_names=["input_ids"]
+    )
+    size = {"height": 32, "width": 32}
+    SiglipProcessor(SiglipImageProcessor(size=size), tokenizer).save_pretrained(tmp_path / "siglip")
     save(convert(tmp_path / "siglip"), tmp_path / "ours")
     ours = AutoModel.from_pretrained(tmp_path / "ours")
     assert ours.logit_bias.item() == -3
@@ -139,6 +150,10 @@ def test_transformers_siglip(tmp_path):
     inputs = {"pixel_values": torch.randn(3, 3, 32, 32), "input_ids": input_ids}
     assert_same(other, ours, **inputs)
     assert_same(other, ours, **inputs, attention_mask=mask)
+    processor = AutoProcessor.from_pretrained(tmp_path / "ours")
+    assert isinstance(processor, SiglipProcessor)
+    texts = processor(text=["red heart", "heart"], padding="max_length", max_length=16, return_tensors="pt")
+    assert_same(other, ours, **inputs | texts)
 
 
 def test_transformers_siglip_of_any_resolution(tmp_path):
@@ -274,7 +289,7 @@ def test_open_clip_quick_gelu_can_be_named(stored):
     assert convert(folder / "openai.pt").model.config.text_config.hidden_act == "quick_gelu"
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14", "RN50"])
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14", "ViT-H-14", "RN50"])
 def test_architecture_is_read_from_the_shapes(name):
     text = encoder(512, 12, 8, model_type="clip_text_model", intermediate_size=2048, hidden_act="gelu")
     fields = {
@@ -284,6 +299,12 @@ def test_architecture_is_read_from_the_shapes(name):
             | {"hidden_act": "gelu"},
             text | {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
             768,
+        ),
+        "ViT-H-14": (
+            encoder(1280, 32, 16, model_type="clip_vision_model", intermediate_size=5120, patch_size=14)
+            | {"hidden_act": "gelu"},
+            text | {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+            1024,
         ),
         "RN50": ({"model_type": "amorlip_resnet"}, text, 1024),
     }[name]
