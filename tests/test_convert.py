@@ -31,8 +31,9 @@ from transformers import (
 )
 
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel
-from modeling_amorlip.convert_amorlip_to_open_clip import export_open_clip, to_open_clip_names
-from modeling_amorlip.convert_clip_to_amorlip import convert, open_clip_architecture, save
+from modeling_amorlip.convert_amorlip_to_open_clip import export_open_clip
+from modeling_amorlip.convert_clip_to_amorlip import convert, save
+from modeling_amorlip.open_clip_amorlip import open_clip_architecture, to_open_clip_names
 from training.modeling import train_tokenizer
 
 
@@ -230,6 +231,7 @@ def assert_same_features(model: AmorLIPModel, tensors):
 
 def test_open_clip_folder(stored, tmp_path):
     folder, weights, config, tensors = stored
+    (folder / "config.json").write_text('{"architecture": "vit_base"}')  # timm's, on the Hub beside OpenCLIP's
     save(convert(folder), tmp_path / "ours")
     ours = AutoModel.from_pretrained(tmp_path / "ours")
     assert_same_features(ours, tensors)
@@ -372,7 +374,7 @@ def test_architectures_that_are_not_clip_are_refused(stored, tmp_path):
     save_file({"visual.trunk.weight": torch.zeros(1)}, tmp_path / "siglip.safetensors")
     with pytest.raises(ValueError, match="has no 'token_embedding.weight'.*SigLIP"):
         convert(tmp_path / "siglip.safetensors")
-    with pytest.raises(ValueError, match="neither a config.json"):
+    with pytest.raises(ValueError, match="no open_clip_model.safetensors, and its config.json says None"):
         convert(tmp_path)
 
 
@@ -503,7 +505,7 @@ def test_code_of_a_source_is_never_run(tmp_path):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="trust_remote_code"):
+    with pytest.raises(ValueError, match="its config.json says 'evil'"):
         convert(tmp_path)
     assert not (tmp_path / "ran").exists()
 
