@@ -8,19 +8,23 @@ from transformers import (
     CLIPProcessor,
 )
 
-from .configuration_amorlip import AmorLIPAmortizerConfig, AmorLIPConfig
+from .configuration_amorlip import AmorLIPAmortizerConfig, AmorLIPConfig, AmorLIPResNetConfig
 from .loss_amorlip import amortization_loss, amortized_contrastive_loss, log_partitions
 from .modeling_amorlip import AmorLIPAmortizer, AmorLIPModel, AmorLIPOutput, AmorLIPPreTrainedModel
+from .resnet_amorlip import AmorLIPResNetModel
 
 
 AutoConfig.register("amorlip", AmorLIPConfig)
 AutoModel.register(AmorLIPConfig, AmorLIPModel)
+AutoModel.register(AmorLIPResNetConfig, AmorLIPResNetModel)
 AutoModelForZeroShotImageClassification.register(AmorLIPConfig, AmorLIPModel)
 AutoProcessor.register(AmorLIPConfig, CLIPProcessor)
 
 # Saved folders carry this code, so that they load with trust_remote_code=True where the package is not installed.
 AmorLIPConfig.register_for_auto_class()
 AmorLIPModel.register_for_auto_class("AutoModel")
+AmorLIPResNetConfig.register_for_auto_class()
+AmorLIPResNetModel.register_for_auto_class("AutoModel")
 
 __all__ = [
     "AmorLIPAmortizer",
@@ -29,6 +33,8 @@ __all__ = [
     "AmorLIPModel",
     "AmorLIPOutput",
     "AmorLIPPreTrainedModel",
+    "AmorLIPResNetConfig",
+    "AmorLIPResNetModel",
     "amortization_loss",
     "amortized_contrastive_loss",
     "log_partitions",

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import (
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Siglip2TextConfig,
+    Siglip2TextModel,
+    SiglipTextConfig,
+    SiglipTextModel,
+)
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
@@ -15,6 +23,12 @@ from transformers.utils import ModelOutput
 from .amortizer_amorlip import AmorLIPAmortizer, EmbeddingRing, PrototypeHead, RandomFeaturesHead
 from .configuration_amorlip import AmorLIPConfig
 from .loss_amorlip import log_partitions, positive_logits
+from .resnet_amorlip import AmorLIPResNetModel
+
+
+# Towers that Transformers itself builds only inside of their dual encoders.
+AutoModel.register(SiglipTextConfig, SiglipTextModel, exist_ok=True)
+AutoModel.register(Siglip2TextConfig, Siglip2TextModel, exist_ok=True)
 
 
 @dataclass
@@ -81,8 +95,9 @@ class AmorLIPPreTrainedModel(PreTrainedModel):
             init.normal_(module.frequencies)
             init.zeros_(module.log_weights)
         elif isinstance(module, AmorLIPModel):
-            init.normal_(module.visual_projection.weight, std=module.visual_projection.in_features**-0.5)
-            init.normal_(module.text_projection.weight, std=module.text_projection.in_features**-0.5)
+            for projection in (module.visual_projection, module.text_projection):
+                if isinstance(projection, nn.Linear):
+                    init.normal_(projection.weight, std=projection.in_features**-0.5)
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
             if module.logit_bias is not None:
                 init.constant_(module.logit_bias, self.config.logit_bias_init_value)
@@ -107,10 +122,10 @@ class AmorLIPModel(AmorLIPPreTrainedModel):
 
     def __init__(self, config: AmorLIPConfig):
         super().__init__(config)
-        self.vision_model = AutoModel.from_config(config.vision_config)
+        self.vision_model = _vision_encoder(config.vision_config)
         self.text_model = AutoModel.from_config(config.text_config)
-        self.visual_projection = nn.Linear(_embedding_size(config.vision_config), config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(_embedding_size(config.text_config), config.projection_dim, bias=False)
+        self.visual_projection = _projection(config, "vision", _embedding_size(config.vision_config))
+        self.text_projection = _projection(config, "text", _embedding_size(config.text_config))
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.logit_bias = None
         if config.logit_bias_init_value is not None:
@@ -131,7 +146,7 @@ class AmorLIPModel(AmorLIPPreTrainedModel):
         Args:
             pixel_values: [I, channels, height, width] in the size that the encoder was made for.
         """
-        pixel_values = pixel_values.to(self.visual_projection.weight.dtype)  # processors make float32
+        pixel_values = pixel_values.to(self.vision_model.dtype)  # processors make float32
         return _project(self.vision_model(pixel_values=pixel_values, **kwargs), self.visual_projection)
 
     def get_text_features(
@@ -217,12 +232,32 @@ class AmorLIPModel(AmorLIPPreTrainedModel):
         return outputs.logits_per_text - outputs.log_partition_per_text[:, None]
 
 
+def _vision_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    # By name: under trust_remote_code, configuration and model come from two copies of the configuration's module.
+    if config.model_type == AmorLIPResNetModel.config_class.model_type:
+        return AmorLIPResNetModel._from_config(config)
+    return AutoModel.from_config(config)
+
+
+def _projection(config: AmorLIPConfig, side: str, size: int) -> nn.Module:
+    if getattr(config, f"{side}_projection"):
+        return nn.Linear(size, config.projection_dim, bias=False)
+    if size != config.projection_dim:
+        raise ValueError(
+            f"{side}_projection is False, but the {side} encoder gives {size} numbers and projection_dim is "
+            f"{config.projection_dim}: make them equal, or let {side}_projection be True."
+        )
+    return nn.Identity()
+
+
 def _embedding_size(config) -> int:
     """Width of an encoder's pooled output; hierarchical encoders list a width a stage."""
+    if hasattr(config, "projection_size"):  # SigLIP's texts
+        return config.projection_size
     return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
 
 
-def _project(outputs: BaseModelOutputWithPooling, projection: nn.Linear) -> BaseModelOutputWithPooling:
+def _project(outputs: BaseModelOutputWithPooling, projection: nn.Module) -> BaseModelOutputWithPooling:
     outputs.pooler_output = projection(outputs.pooler_output.flatten(1))  # flatten: some encoders pool to [N, C, 1, 1]
     return outputs
 
