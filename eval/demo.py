@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -46,7 +47,8 @@ def build_demo(model, processor, template: str = "{}"):
     return gradio.Interface(
         classify,
         [
-            gradio.Image(type="pil", image_mode=None, sources=["upload", "clipboard"], label="Image"),
+            # As it is: RGB would lay transparency on black.
+            gradio.Image(type="pil", image_mode=None, sources=["upload", "clipboard"], label="Image", height=320),
             gradio.Textbox(label="Labels", info="Separated by commas", placeholder="red heart, airplane, cat face"),
         ],
         gradio.Label(label="Probabilities", num_top_classes=10),
@@ -54,7 +56,24 @@ def build_demo(model, processor, template: str = "{}"):
         flagging_mode="never",
         api_name="classify",
         analytics_enabled=False,
+        delete_cache=(3600, 3600),  # uploads go an hour later, or when the demo ends
     )
+
+
+def serve(demo, port: int) -> None:
+    """Shows the page at http://127.0.0.1:PORT until it is interrupted; raises `UserError` when the port is taken."""
+    import gradio
+
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # others are online
+    try:
+        _, url, _ = demo.launch(
+            server_name="127.0.0.1", server_port=port, share=False, theme=theme, footer_links=[], quiet=True,
+            prevent_thread_lock=True,
+        )  # fmt: skip
+    except OSError:
+        raise UserError(f"Port {port} is taken; name another with --port.") from None
+    print(f"Open {url} in a browser; Ctrl-C ends the demo.", flush=True)
+    demo.block_thread()
 
 
 def main() -> int:
@@ -64,16 +83,11 @@ def main() -> int:
     parser.add_argument("--template", default="{}", help="what a label stands in; default: the label by itself")
     arguments = parser.parse_args()
     try:
-        try:
-            import gradio
-        except ImportError:
-            raise UserError("The demo needs gradio: install the extra, see the README.") from None
+        if find_spec("gradio") is None:
+            raise UserError("The demo needs gradio: pip install -c constraints-demo.txt -e '.[demo]'")
         model, processor = load_model(arguments.model)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        fonts = dict(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # others come from the network
-        build_demo(model, processor, arguments.template).launch(
-            server_name="127.0.0.1", server_port=arguments.port, share=False, theme=gradio.themes.Default(**fonts)
-        )
+        serve(build_demo(model, processor, arguments.template), arguments.port)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
