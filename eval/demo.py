@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -56,7 +57,6 @@ def build_demo(model, processor, template: str = "{}"):
         flagging_mode="never",
         api_name="classify",
         analytics_enabled=False,
-        delete_cache=(3600, 3600),  # uploads go an hour later, or when the demo ends
     )
 
 
@@ -87,7 +87,9 @@ def main() -> int:
             raise UserError("The demo needs gradio: pip install -c constraints-demo.txt -e '.[demo]'")
         model, processor = load_model(arguments.model)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        serve(build_demo(model, processor, arguments.template), arguments.port)
+        with tempfile.TemporaryDirectory() as uploads:  # they go when the demo ends
+            os.environ["GRADIO_TEMP_DIR"] = uploads
+            serve(build_demo(model, processor, arguments.template), arguments.port)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +24,13 @@ BARS = ("dt", "dd", "meter")  # of a label on the page: its name, its per cent, 
 
 
 @pytest.fixture(scope="module")
-def demo(tiny_model, tmp_path_factory):
+def uploads(tmp_path_factory):
+    """Where the demo's temporary files go."""
+    return tmp_path_factory.mktemp("uploads")
+
+
+@pytest.fixture(scope="module")
+def demo(tiny_model, uploads, tmp_path_factory):
     """The address of a demo that runs in its own process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -31,16 +38,21 @@ def demo(tiny_model, tmp_path_factory):
     command = [sys.executable, "eval/demo.py", "--model", tiny_model, "--port", str(port)]
     log = tmp_path_factory.mktemp("demo") / "log.txt"
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=with_threads(1), stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**with_threads(1), "TMPDIR": str(uploads)}, stdout=file, stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells have background jobs ignore it
+        )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
         while f"Open http://127.0.0.1:{port}" not in log.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
+        process.send_signal(signal.SIGINT)  # Ctrl-C
+        assert process.wait(60) == 0
+        assert not list(uploads.rglob("*.png"))
     finally:
-        process.terminate()
-        process.wait(30)
+        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +74,7 @@ def expected(tiny_model, picture):
     return dict(sorted(zip(LABELS, probabilities, strict=True), key=lambda item: -item[1]))
 
 
-def test_http_client(demo, picture, expected):
+def test_http_client(demo, picture, expected, uploads):
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError
 
@@ -71,6 +83,7 @@ def test_http_client(demo, picture, expected):
     assert result["label"] == next(iter(expected))
     found = {line["label"]: line["confidence"] for line in result["confidences"]}
     assert list(found) == list(expected) and found == pytest.approx(expected, abs=1e-5)
+    assert list(uploads.rglob(picture.name))  # until the demo ends, see its fixture
     for image, labels, message in (
         (handle_file(picture), "airplane", "2 or more are needed"),
         (None, "airplane, anchor", "Upload an image first"),
