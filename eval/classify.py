@@ -1,6 +1,6 @@
 """Labels images in words of one's own.
 
-    python eval/classify.py photo.jpg more_photos --model outputs/emoji_demo --labels "a cat" "a dog" --template "{}"
+    python eval/classify.py photo.jpg more_photos --model outputs/emoji_demo --labels cat dog
     python eval/classify.py photos --model USER/MODEL --labels_file labels.txt --top 3 --output labels.csv
 
 Probabilities are over the labels given, by softmax; a model with a logit bias (SigLIP) judges each label by itself.

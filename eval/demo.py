@@ -1,7 +1,7 @@
 """A page in the browser: upload an image, type labels, see their probabilities.
 
     python eval/demo.py --model outputs/emoji_demo
-    python eval/demo.py --model USER/MODEL --template "a photo of a {}" --port 7861
+    python eval/demo.py --model USER/MODEL --template "an emoji of {}" --port 7861
 
 For this computer alone (127.0.0.1), and without network: nothing is shared, reported or loaded from elsewhere.
 """
@@ -24,13 +24,13 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from eval.classify import embed_labels, label_probabilities  # noqa: E402
+from eval.classify import TEMPLATE, embed_labels, label_probabilities  # noqa: E402
 from eval.encode import encode_images  # noqa: E402
 from eval.errors import UserError  # noqa: E402
 from eval.run import load_model  # noqa: E402
 
 
-def build_demo(model, processor, template: str = "{}"):
+def build_demo(model, processor, template: str = TEMPLATE):
     """The page as a `gradio.Interface`, not started."""
     import gradio
 
@@ -50,7 +50,9 @@ def build_demo(model, processor, template: str = "{}"):
         [
             # As it is: RGB would lay transparency on black.
             gradio.Image(type="pil", image_mode=None, sources=["upload", "clipboard"], label="Image", height=320),
-            gradio.Textbox(label="Labels", info="Separated by commas", placeholder="red heart, airplane, cat face"),
+            gradio.Textbox(
+                label="Labels", info="Separated by commas", lines=2, placeholder="red heart, airplane, cat face"
+            ),
         ],
         gradio.Label(label="Probabilities", num_top_classes=10),
         title="What is in the picture?",
@@ -80,7 +82,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub repository")
     parser.add_argument("--port", type=int, default=7860, help="of http://127.0.0.1:PORT")
-    parser.add_argument("--template", default="{}", help="what a label stands in; default: the label by itself")
+    parser.add_argument("--template", default=TEMPLATE, help="what a label stands in; default: %(default)s")
     arguments = parser.parse_args()
     try:
         if find_spec("gradio") is None:

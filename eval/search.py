@@ -4,7 +4,8 @@
 
 Embeddings are kept in an index beside the folder, or in --index FILE, so that the next search encodes only what is new
 or changed. --scoring gallery and amortized take off each image's cosine what it would score with any query (its
-log-partition), so that pictures which look like everything no longer come first everywhere.
+log-partition), so that pictures which look like everything no longer come first everywhere. gallery computes it over
+the queries given, or over typical ones in a file, --queries FILE: the more and the more typical, the better.
 """
 
 from __future__ import annotations
@@ -67,19 +68,26 @@ def search(
     """Scores [Q, I] of images [I, d] for each query, in units of the cosine.
 
     Args:
-        scoring: `cosine`; `gallery` subtracts log sum_t exp(logit(t, image)) / logit_scale over the texts of `sample`,
+        scoring: `cosine`; `gallery` subtracts log sum_t exp(logit(t, image)) / logit_scale over texts t of `sample`,
             `amortized` what the model's image head says of it. A constant that all images share does not matter.
-        sample: texts that stand for what is asked for at all; the queries themselves by default.
+        sample: texts that stand for what is asked for at all; the queries themselves by default. A query is not
+            compared with itself: p and p / (1 - p) rank alike, but float32 cannot tell apart what is next to p = 1.
     """
     texts = encode_texts(model, processor, queries)
-    gallery = texts if sample is None else encode_texts(model, processor, sample)
-    penalty = penalties(model, (scoring,), gallery, image_embeds, "image")[scoring]
     scores = texts @ image_embeds.T
-    return scores if penalty is None else scores - penalty
+    if scoring != "gallery":
+        penalty = penalties(model, (scoring,), texts, image_embeds, "image")[scoring]
+        return scores if penalty is None else scores - penalty
+    sample = queries if sample is None else sample
+    gallery = encode_texts(model, processor, sample)
+    for row, query in zip(scores, queries, strict=True):
+        others = gallery[[text != query for text in sample]]
+        row -= penalties(model, (scoring,), others, image_embeds, "image")[scoring]
+    return scores
 
 
 def check_scoring(model, scoring: str, sample: list[str]) -> None:
-    """Raises `UserError` when images cannot be scored so: by a model without heads, or against a single query."""
+    """Raises `UserError` when images cannot be scored so: by a model without heads, or with no other query."""
     require_amortizer(model, (scoring,))
     if scoring == "gallery" and len(set(sample)) < 2:
         raise UserError(

@@ -70,7 +70,7 @@ def expected(tiny_model, picture):
     """{label: probability}, likeliest first."""
     model, processor = AutoModel.from_pretrained(tiny_model).eval(), AutoProcessor.from_pretrained(tiny_model)
     embeds = encode_images(model, processor, [Image.open(picture)])
-    probabilities = label_probabilities(model, embeds, embed_labels(model, processor, LABELS, "{}"))[0].tolist()
+    probabilities = label_probabilities(model, embeds, embed_labels(model, processor, LABELS))[0].tolist()
     return dict(sorted(zip(LABELS, probabilities, strict=True), key=lambda item: -item[1]))
 
 

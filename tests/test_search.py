@@ -1,6 +1,8 @@
 """eval/search.py against scores computed pair by pair, and what its index encodes again."""
 
+import copy
 import json
+import math
 import os
 import sys
 
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
 import eval.search
+from eval.encode import encode_texts
 from eval.errors import UserError
 from eval.files import open_image
 from eval.search import check_scoring, index_images, search
@@ -51,8 +54,9 @@ def test_ranks_equal_brute_force(loaded, tiny_model, emoji_files, tmp_path, scor
     scale = model.logit_scale.exp().detach()
     expected = outputs.logits_per_text / scale
     if scoring == "gallery":
-        others = brute_force(model, processor, paths, SAMPLE).logits_per_image
-        expected = expected - others.double().exp().sum(1).log() / scale
+        others = brute_force(model, processor, paths, SAMPLE).logits_per_text.double()
+        kept = [[text != query for text in SAMPLE] for query in QUERIES]
+        expected = expected - torch.stack([others[rows].exp().sum(0).log() for rows in kept]) / scale
     elif scoring == "amortized":
         expected = model.log_prob_per_image(outputs).T / scale
     order = expected.argsort(descending=True)[:, :7]
@@ -88,6 +92,18 @@ def test_scorings_rank_differently_where_an_image_is_near_to_everything(loaded):
     images = torch.cat([hub[None], torch.nn.functional.normalize(away, dim=-1)])
     assert search(model, processor, QUERIES, images).argmax(1).tolist() == [0, 0, 0]
     assert search(model, processor, QUERIES, images, "gallery").argmax(1).tolist() == [1, 2, 3]
+
+
+def test_gallery_ranks_as_the_probability_of_the_query_does(loaded):
+    """Also where it is so near to 1 that float32 could not tell."""
+    model, processor = copy.deepcopy(loaded[0]), loaded[1]
+    model.logit_scale.data.fill_(math.log(100))
+    images = torch.nn.functional.normalize(torch.randn(50, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    logits = 100 * encode_texts(model, processor, QUERIES).double() @ images.double().T
+    for i, found in enumerate(search(model, processor, QUERIES, images, "gallery")):
+        others = torch.cat([logits[:i], logits[i + 1 :]]).logsumexp(0)
+        log_probability = -torch.log1p((others - logits[i]).exp())
+        assert found.argsort(descending=True).tolist() == log_probability.argsort(descending=True).tolist()
 
 
 def test_index_encodes_only_what_is_new_or_changed(loaded, tiny_model, emoji_files, tmp_path, capsys):
