@@ -37,10 +37,14 @@ setup(
             "matplotlib",
             "tqdm",
         ],
+        "demo": [
+            "gradio>=6",  # the page of eval/demo.py
+        ],
         "dev": [
             "pytest",  # tests
             "scikit-learn",  # metrics to test ours against, and digits as real images
             "ruff",  # lint
+            "selenium",  # the demo in a browser, where there is one
             "resvg-py",  # rendering the demo's emoji
             "triton; sys_platform == 'linux'",  # its interpreter runs the GPU kernels' tests on the CPU
         ],
