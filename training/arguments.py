@@ -106,6 +106,7 @@ class PretrainArguments:
     tokenizer: str | None = _field(None, "name or folder; else one is trained on the captions")
     freeze: list[str] = _field([], "vision or text: encoders that are not trained (LiT)")
     patch_dropout: float = _field(0.0, "share of image patches left out in training, of encoders with a class token")
+    sync_batchnorm: bool = _field(False, "batch normalisation over the batches of all GPUs")
     compile: bool = _field(False, "compile the encoders with torch.compile")
     channels_last: bool = _field(False, "lay images out with channels last, faster for convolutions on GPUs")
     # Objective

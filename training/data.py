@@ -202,11 +202,13 @@ class Collator:
 
     `bad_samples` stands beside them, and nothing else when a pair could not even be replaced. Texts are padded to the
     longest of the batch, rounded up to `multiple`, or to `max_length` when that is -1; `lengths` are what each would be
-    padded to by itself.
+    padded to by itself. A tokenizer without attention masks (SigLIP's) says that its encoder reads padding as text:
+    then all texts are padded to `max_length`.
     """
 
     def __init__(self, tokenizer, max_length: int, multiple: int = 1):
-        self.tokenizer, self.max_length, self.multiple = tokenizer, max_length, multiple
+        self.has_masks = "attention_mask" in tokenizer.model_input_names
+        self.tokenizer, self.max_length, self.multiple = tokenizer, max_length, multiple if self.has_masks else -1
 
     def __call__(self, samples):
         images, captions, indices, bad = zip(*samples, strict=True)
@@ -221,7 +223,7 @@ class Collator:
         return {
             "pixel_values": torch.stack(images),
             "input_ids": text["input_ids"],
-            "attention_mask": text["attention_mask"],
+            "attention_mask": text["attention_mask"] if self.has_masks else torch.ones_like(text["input_ids"]),
             "lengths": lengths,
             "sample_ids": torch.tensor(indices),
             "bad_samples": bad_samples,

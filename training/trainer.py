@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from tqdm import tqdm
 
@@ -73,6 +73,12 @@ class Trainer:
             log_with=None if arguments.report_to == "none" else arguments.report_to,
             project_dir=arguments.output_dir,
         )
+        kind = self.accelerator.distributed_type
+        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+            raise UserError(
+                f"Accelerate is set up for {kind.value}; here every process has a whole model (MULTI_GPU, see "
+                "training/accelerate_configs/). gradient_checkpointing and micro_batch_size save memory."
+            )
         set_seed(arguments.seed)
         with self.accelerator.main_process_first():  # one process converts the data, the others read its cache
             self.pairs = pairs = open_pairs(arguments)
@@ -88,7 +94,8 @@ class Trainer:
                 "the batch, which changes the result. Leave micro_batch_size out, or choose encoders without it."
             )
         image_processor = self.processor.image_processor
-        self.image_size = image_size = image_processor.crop_size["height"]
+        shape = dict(getattr(image_processor, "crop_size", None) or image_processor.size)
+        self.image_size = image_size = shape.get("height", shape.get("shortest_edge"))
         expected_size = getattr(model.config.vision_config, "image_size", image_size)
         if image_size != expected_size:
             raise UserError(
@@ -119,6 +126,10 @@ class Trainer:
             model, image_processor.image_mean, image_processor.image_std, arguments.freeze, arguments.patch_dropout,
             arguments.text_groups,
         )  # fmt: skip
+        if arguments.sync_batchnorm and self.accelerator.num_processes > 1:
+            if self.accelerator.device.type == "cpu":
+                raise UserError("sync_batchnorm needs GPUs: torch cannot join batch statistics on CPUs; leave it out.")
+            encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
         if arguments.channels_last:
             encoder.to(memory_format=torch.channels_last)
         if arguments.compile:
