@@ -39,8 +39,10 @@ def encode_texts(model, processor, texts: Iterable[str], batch_size: int = 256) 
 def stream_texts(model, processor, texts: Iterable[str], batch_size: int = 256) -> Iterator[Tensor]:
     """As `encode_texts`, a batch at a time."""
     # SigLIP was trained on texts padded to its context, without a mask.
-    padding = "max_length" if model.config.model_type.startswith("siglip") else True
-    context = model.config.text_config.max_position_embeddings
+    padding = "max_length" if model.config.text_config.model_type.startswith("siglip") else True
+    # RoBERTa's tokenizer knows the shorter length, CLIP's may know none, and T5 has no positions to run out of.
+    positions = getattr(model.config.text_config, "max_position_embeddings", 1_000_000)
+    context = min(positions, processor.tokenizer.model_max_length)
 
     def prepare(batch):
         return processor.tokenizer(batch, padding=padding, truncation=True, max_length=context, return_tensors="pt")

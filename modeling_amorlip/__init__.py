@@ -3,6 +3,7 @@
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     CLIPProcessor,
@@ -10,25 +11,38 @@ from transformers import (
 
 from .configuration_amorlip import AmorLIPAmortizerConfig, AmorLIPConfig
 from .loss_amorlip import amortization_loss, amortized_contrastive_loss, log_partitions
-from .modeling_amorlip import AmorLIPAmortizer, AmorLIPModel, AmorLIPOutput, AmorLIPPreTrainedModel
+from .modeling_amorlip import (
+    AmorLIPAmortizer,
+    AmorLIPForImageClassification,
+    AmorLIPModel,
+    AmorLIPOutput,
+    AmorLIPPreTrainedModel,
+    AmorLIPTextModelWithProjection,
+    AmorLIPVisionModelWithProjection,
+)
 
 
 AutoConfig.register("amorlip", AmorLIPConfig)
 AutoModel.register(AmorLIPConfig, AmorLIPModel)
 AutoModelForZeroShotImageClassification.register(AmorLIPConfig, AmorLIPModel)
+AutoModelForImageClassification.register(AmorLIPConfig, AmorLIPForImageClassification)
 AutoProcessor.register(AmorLIPConfig, CLIPProcessor)
 
 # Saved folders carry this code, so that they load with trust_remote_code=True where the package is not installed.
 AmorLIPConfig.register_for_auto_class()
 AmorLIPModel.register_for_auto_class("AutoModel")
+AmorLIPForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
 __all__ = [
     "AmorLIPAmortizer",
     "AmorLIPAmortizerConfig",
     "AmorLIPConfig",
+    "AmorLIPForImageClassification",
     "AmorLIPModel",
     "AmorLIPOutput",
     "AmorLIPPreTrainedModel",
+    "AmorLIPTextModelWithProjection",
+    "AmorLIPVisionModelWithProjection",
     "amortization_loss",
     "amortized_contrastive_loss",
     "log_partitions",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
+POOLINGS = {"vision": ("pooler", "cls", "mean"), "text": ("pooler", "cls", "mean", "eos", "last")}
 HEAD_TYPES = ("residual_mlp", "prototype", "random_features", "queue")
 
 
@@ -50,6 +52,12 @@ class AmorLIPConfig(PreTrainedConfig):
         text_config (`dict` or `PreTrainedConfig`, *optional*): any Transformers text encoder's configuration. Defaults
             to `CLIPTextConfig()`.
         amortizer_config (`dict` or `AmorLIPAmortizerConfig`, *optional*): the amortizer heads.
+        vision_pooling (`str`, *optional*): how tokens become one embedding: `"pooler"`, by the encoder itself, as CLIP
+            (CLS), SigLIP (attention) and DINOv2 (CLS) do; `"cls"`, the first token; `"mean"`. Without it, what suits
+            the encoder.
+        text_pooling (`str`, *optional*): as before, or `"eos"`, the first end-of-text token, or `"last"`, the last
+            token. Padding does not count. Without it, what suits the encoder: its own for CLIP and SigLIP, `"last"` for
+            causal language models, `"mean"` for others.
         projection_dim (`int`, defaults to 512): d, the size of the shared embedding space.
         logit_scale_init_value (`float`, defaults to 2.6592): *logarithm* of the initial logit scale; log(1 / 0.07).
         logit_bias_init_value (`float`, *optional*): initial logit bias; without it the model has none.
@@ -69,6 +77,8 @@ class AmorLIPConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     amortizer_config: dict | PreTrainedConfig | None = None
+    vision_pooling: str | None = None
+    text_pooling: str | None = None
     projection_dim: int = 512
     logit_scale_init_value: float | int = 2.6592
     logit_bias_init_value: float | int | None = None
@@ -78,12 +88,19 @@ class AmorLIPConfig(PreTrainedConfig):
         self.text_config = _encoder_config(self.text_config, "text_config", "clip_text_model")
         if not isinstance(self.amortizer_config, AmorLIPAmortizerConfig):
             self.amortizer_config = AmorLIPAmortizerConfig(**_as_dict(self.amortizer_config))
+        self.vision_pooling = self.vision_pooling or _vision_pooling(self.vision_config)
+        self.text_pooling = self.text_pooling or _text_pooling(self.text_config)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
         if self.projection_dim < 1:
             raise ValueError(f"projection_dim is {self.projection_dim}; it must be at least 1.")
+        for side, poolings in POOLINGS.items():
+            if (pooling := getattr(self, f"{side}_pooling")) not in poolings:
+                raise ValueError(f"{side}_pooling is {pooling!r}; choose one of {poolings}.")
+        if self.text_pooling == "eos" and not isinstance(end := self.text_config.eos_token_id, int):
+            raise ValueError(f"text_pooling is 'eos' and text_config.eos_token_id is {end}; set it to the tokenizer's.")
         image_size = getattr(self.vision_config, "image_size", None)
         patch_size = getattr(self.vision_config, "patch_size", None)
         if isinstance(image_size, int) and isinstance(patch_size, int) and image_size % patch_size:
@@ -114,6 +131,21 @@ def _encoder_config(config: dict | PreTrainedConfig | None, field: str, default_
                 f"name an encoder such as {default_type!r}."
             ) from None
         raise ValueError(f"{field}: {error}") from None
+
+
+def _vision_pooling(config: PreTrainedConfig) -> str:
+    # These have a pooler, if at all, that is fresh in most checkpoints; I-JEPA has no CLS token.
+    return {"deit": "cls", "ijepa": "mean", "vit": "cls", "vit_msn": "cls"}.get(config.model_type, "pooler")
+
+
+def _text_pooling(config: PreTrainedConfig) -> str:
+    name = config.model_type
+    if name in ("clip_text_model", "siglip_text_model", "siglip2_text_model"):
+        return "pooler"
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "last"
+    # BERT and its kin have a pooler for the next-sentence task; the mean is what sentence encoders are trained with.
+    return "mean"
 
 
 __all__ = ["AmorLIPAmortizerConfig", "AmorLIPConfig"]

@@ -71,7 +71,7 @@ def test_outputs(model, inputs):
     assert model.log_prob_per_text(outputs).shape == (3, 3)
     assert isinstance(model(**inputs, return_dict=False), tuple)
     with pytest.raises(ValueError, match="pixel_values is None"):
-        model(input_ids=inputs["input_ids"])
+        model(input_ids=inputs["input_ids"], return_loss=True)
 
 
 def test_different_numbers_of_images_and_texts(model, inputs):

@@ -1,0 +1,156 @@
+"""The two encoders of a model: built, loaded, and pooled to one vector an image or a text.
+
+    encoder = load_encoder("sentence-transformers/all-MiniLM-L6-v2", "text")
+    pooled = encode_texts(encoder, "mean", input_ids, attention_mask).pooler_output  # [T, width]
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Siglip2TextConfig,
+    Siglip2TextModel,
+    SiglipTextConfig,
+    SiglipTextModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+
+# Towers that Transformers itself builds only inside of their dual encoders.
+AutoModel.register(SiglipTextConfig, SiglipTextModel, exist_ok=True)
+AutoModel.register(Siglip2TextConfig, Siglip2TextModel, exist_ok=True)
+
+def build_encoder(config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+    """An encoder with fresh weights, in the default dtype; of an encoder-decoder, its encoder."""
+    # The dtype is named, since the configuration may remember another one from the checkpoint that it came with.
+    encoder = _auto_class(config).from_config(config, dtype=torch.get_default_dtype())
+    pooler = getattr(encoder, "pooler", None)
+    if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
+        encoder.pooler = None  # weights that no gradient would reach
+    return encoder
+
+
+def load_encoder(source: str | os.PathLike | PreTrainedModel, side: str) -> PreTrainedModel:
+    """
+    A trained encoder in float32.
+
+    Args:
+        source: a folder, a name on the Hub or a model. A dual encoder such as CLIP gives its tower of that side.
+        side: `"vision"` or `"text"`.
+    """
+    if not isinstance(source, PreTrainedModel):
+        config = AutoConfig.from_pretrained(source)
+        source = _auto_class(config).from_pretrained(source, dtype=torch.float32)
+    return getattr(source, f"{side}_model", source)
+
+
+def embedding_size(config: PreTrainedConfig, pooling: str) -> int:
+    """Width of an encoder's pooled output; hierarchical encoders list a width a stage."""
+    if pooling == "pooler" and hasattr(config, "projection_size"):  # SigLIP's texts
+        return config.projection_size
+    return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
+
+
+def encode_images(
+    encoder: PreTrainedModel, pooling: str, pixel_values: Tensor, **kwargs
+) -> BaseModelOutputWithPooling:
+    """The encoder's output for [I, channels, height, width], `pooler_output` [I, width] being pooled as asked."""
+    outputs = encoder(pixel_values=pixel_values.to(encoder.dtype), **kwargs)  # processors make float32
+    return _with_pooling(outputs, pool(outputs, pooling))
+
+
+def encode_texts(
+    encoder: PreTrainedModel,
+    pooling: str,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    **kwargs,
+) -> BaseModelOutputWithPooling:
+    """The encoder's output for [T, length], padded on either side, `pooler_output` [T, width] being pooled as asked."""
+    if attention_mask is not None:
+        attention_mask, input_ids, token_type_ids = pad_right(attention_mask, input_ids, token_type_ids)
+    if token_type_ids is not None:
+        kwargs["token_type_ids"] = token_type_ids
+    outputs = encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+    is_end = input_ids == encoder.config.eos_token_id if pooling == "eos" else None
+    return _with_pooling(outputs, pool(outputs, pooling, attention_mask, is_end))
+
+
+def pool(
+    outputs: ModelOutput, pooling: str, attention_mask: Tensor | None = None, is_end: Tensor | None = None
+) -> Tensor:
+    """
+    One vector a sample, [N, width].
+
+    Args:
+        outputs: of the encoder; `last_hidden_state` is [N, length, width], or feature maps [N, width, ...].
+        pooling: `"pooler"`, the encoder's own `pooler_output`; `"cls"`, the first token; `"mean"` over the attended
+            tokens; `"last"`, the last attended token; `"eos"`, the first end-of-text token, or the last without one.
+        attention_mask: [N, length], 1 for tokens; without it all are.
+        is_end: [N, length], true at end-of-text tokens; for `"eos"`.
+
+    Raises:
+        ValueError: the encoder gives no `pooler_output`, or feature maps where tokens are needed.
+    """
+    if pooling == "pooler":
+        if (pooled := outputs.get("pooler_output")) is None:
+            raise ValueError("The encoder gives no pooler_output: set its pooling to 'cls', 'mean', 'eos' or 'last'.")
+        return pooled.flatten(1)  # some encoders pool to [N, C, 1, 1]
+    hidden = outputs.last_hidden_state
+    if hidden.ndim != 3:
+        if pooling == "mean":
+            return hidden.flatten(2).mean(-1)
+        raise ValueError(f"The encoder gives feature maps, which have no {pooling!r} token: set its pooling to 'mean'.")
+    if pooling == "cls":
+        return hidden[:, 0]
+    if attention_mask is None:
+        attention_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    if pooling == "mean":
+        weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1)
+    position = (attention_mask * torch.arange(1, hidden.shape[1] + 1, device=hidden.device)).argmax(1)
+    if pooling == "eos":
+        is_end = is_end & (attention_mask != 0)
+        position = torch.where(is_end.any(1), is_end.int().argmax(1), position)
+    return hidden[torch.arange(len(hidden), device=hidden.device), position]
+
+
+def pad_right(attention_mask: Tensor, *tokens: Tensor | None) -> tuple[Tensor | None, ...]:
+    """
+    Rolls the rows of a mask and of what belongs to it, [T, length] each, until padding on the left is on the right.
+
+    Encoders with absolute positions expect it there, and so does CLIP's search for the first end of text where that is
+    the padding token too. Rows padded on the right stay as they are.
+    """
+    length = attention_mask.shape[1]
+    start = attention_mask.int().argmax(1, keepdim=True)
+    order = (torch.arange(length, device=attention_mask.device) + start) % length
+    return tuple(None if rows is None else rows.gather(1, order) for rows in (attention_mask, *tokens))
+
+
+def _with_pooling(outputs: ModelOutput, pooled: Tensor) -> BaseModelOutputWithPooling:
+    return BaseModelOutputWithPooling(
+        last_hidden_state=outputs.last_hidden_state,
+        pooler_output=pooled,
+        hidden_states=outputs.get("hidden_states"),
+        attentions=outputs.get("attentions"),
+    )
+
+
+def _auto_class(config: PreTrainedConfig) -> type:
+    # The first gives the encoder alone of an encoder-decoder such as T5.
+    return AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+
+
+__all__ = ["build_encoder", "embedding_size", "encode_images", "encode_texts", "load_encoder", "pad_right", "pool"]
