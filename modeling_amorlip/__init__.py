@@ -9,7 +9,7 @@ from transformers import (
     CLIPProcessor,
 )
 
-from .configuration_amorlip import AmorLIPAmortizerConfig, AmorLIPConfig
+from .configuration_amorlip import AmorLIPAmortizerConfig, AmorLIPConfig, AmorLIPResNetConfig
 from .loss_amorlip import amortization_loss, amortized_contrastive_loss, log_partitions
 from .modeling_amorlip import (
     AmorLIPAmortizer,
@@ -20,6 +20,7 @@ from .modeling_amorlip import (
     AmorLIPTextModelWithProjection,
     AmorLIPVisionModelWithProjection,
 )
+from .resnet_amorlip import AmorLIPResNetModel
 
 
 AutoConfig.register("amorlip", AmorLIPConfig)
@@ -32,6 +33,8 @@ AutoProcessor.register(AmorLIPConfig, CLIPProcessor)
 AmorLIPConfig.register_for_auto_class()
 AmorLIPModel.register_for_auto_class("AutoModel")
 AmorLIPForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+AmorLIPResNetConfig.register_for_auto_class()
+AmorLIPResNetModel.register_for_auto_class("AutoModel")
 
 __all__ = [
     "AmorLIPAmortizer",
@@ -41,6 +44,8 @@ __all__ = [
     "AmorLIPModel",
     "AmorLIPOutput",
     "AmorLIPPreTrainedModel",
+    "AmorLIPResNetConfig",
+    "AmorLIPResNetModel",
     "AmorLIPTextModelWithProjection",
     "AmorLIPVisionModelWithProjection",
     "amortization_loss",

@@ -42,6 +42,44 @@ class AmorLIPAmortizerConfig(PreTrainedConfig):
 
 
 @strict
+class AmorLIPResNetConfig(PreTrainedConfig):
+    r"""
+    CLIP's ResNet as a vision encoder; the defaults are RN50. RN101 has depths (3, 4, 23, 3) and `output_dim` 512.
+
+    Args:
+        width (`int`, defaults to 64): channels of the first stage; the last one has 32 times as many.
+        depths (`tuple`, defaults to `(3, 4, 6, 3)`): blocks of the four stages.
+        num_attention_heads (`int`, defaults to 32): heads of the attention pool.
+        image_size (`int`, defaults to 224): height and width of the images, which the pool reads as a grid of
+            `image_size` // 32 squared.
+        output_dim (`int`, defaults to 1024): size of the pooled output.
+    """
+
+    model_type = "amorlip_resnet"
+    base_config_key = "vision_config"
+    attribute_map = {"hidden_size": "output_dim"}
+
+    width: int = 64
+    depths: list[int] | tuple[int, ...] = (3, 4, 6, 3)
+    num_attention_heads: int = 32
+    image_size: int = 224
+    output_dim: int = 1024
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation."""
+        if self.width < 2 or self.width % 2:
+            raise ValueError(f"width is {self.width}; it must be an even number.")
+        if len(self.depths) != 4 or min(self.depths) < 1:
+            raise ValueError(f"depths is {self.depths}; give four numbers of blocks, such as (3, 4, 6, 3).")
+        if self.num_attention_heads < 1 or 32 * self.width % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}; it must divide 32 * width, {32 * self.width}."
+            )
+        if self.image_size < 32 or self.image_size % 2:
+            raise ValueError(f"image_size is {self.image_size}; it must be an even number of at least 32.")
+
+
+@strict
 class AmorLIPConfig(PreTrainedConfig):
     r"""
     Configuration of an [`AmorLIPModel`].
@@ -59,6 +97,9 @@ class AmorLIPConfig(PreTrainedConfig):
             token. Padding does not count. Without it, what suits the encoder: its own for CLIP and SigLIP, `"last"` for
             causal language models, `"mean"` for others.
         projection_dim (`int`, defaults to 512): d, the size of the shared embedding space.
+        vision_projection, text_projection (`bool`, *optional*): whether a linear layer takes the encoder's pooled
+            output there; without it, the pooled output is the embedding. Defaults to `True`, but for an encoder whose
+            config has `output_dim` equal to `projection_dim`: it ends in a projection of its own.
         logit_scale_init_value (`float`, defaults to 2.6592): *logarithm* of the initial logit scale; log(1 / 0.07).
         logit_bias_init_value (`float`, *optional*): initial logit bias; without it the model has none.
 
@@ -80,6 +121,8 @@ class AmorLIPConfig(PreTrainedConfig):
     vision_pooling: str | None = None
     text_pooling: str | None = None
     projection_dim: int = 512
+    vision_projection: bool | None = None
+    text_projection: bool | None = None
     logit_scale_init_value: float | int = 2.6592
     logit_bias_init_value: float | int | None = None
 
@@ -90,6 +133,10 @@ class AmorLIPConfig(PreTrainedConfig):
             self.amortizer_config = AmorLIPAmortizerConfig(**_as_dict(self.amortizer_config))
         self.vision_pooling = self.vision_pooling or _vision_pooling(self.vision_config)
         self.text_pooling = self.text_pooling or _text_pooling(self.text_config)
+        for side in ("vision", "text"):
+            if getattr(self, f"{side}_projection") is None:
+                output_dim = getattr(getattr(self, f"{side}_config"), "output_dim", None)
+                setattr(self, f"{side}_projection", output_dim != self.projection_dim)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -148,4 +195,7 @@ def _text_pooling(config: PreTrainedConfig) -> str:
     return "mean"
 
 
-__all__ = ["AmorLIPAmortizerConfig", "AmorLIPConfig"]
+# Here rather than in the package: a folder loaded with trust_remote_code has no package.
+AutoConfig.register("amorlip_resnet", AmorLIPResNetConfig, exist_ok=True)
+
+__all__ = ["AmorLIPAmortizerConfig", "AmorLIPConfig", "AmorLIPResNetConfig"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     AutoConfig,
@@ -25,19 +25,47 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from .configuration_amorlip import AmorLIPConfig, AmorLIPResNetConfig
+from .resnet_amorlip import AmorLIPResNetModel
 
-# Towers that Transformers itself builds only inside of their dual encoders.
+
+# Here rather than in the package: a folder loaded with trust_remote_code has no package. Transformers itself builds
+# SigLIP's text towers only inside of SigLIP.
+AutoModel.register(AmorLIPResNetConfig, AmorLIPResNetModel, exist_ok=True)
 AutoModel.register(SiglipTextConfig, SiglipTextModel, exist_ok=True)
 AutoModel.register(Siglip2TextConfig, Siglip2TextModel, exist_ok=True)
 
-def build_encoder(config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
-    """An encoder with fresh weights, in the default dtype; of an encoder-decoder, its encoder."""
+
+def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
+    """The `"vision"` or `"text"` encoder of a model with fresh weights, in the default dtype."""
+    config, pooling = getattr(config, f"{side}_config"), getattr(config, f"{side}_pooling")
     # The dtype is named, since the configuration may remember another one from the checkpoint that it came with.
     encoder = _auto_class(config).from_config(config, dtype=torch.get_default_dtype())
     pooler = getattr(encoder, "pooler", None)
     if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
         encoder.pooler = None  # weights that no gradient would reach
     return encoder
+
+
+def build_projection(config: AmorLIPConfig, side: str) -> nn.Module:
+    """From the encoder's pooled output [N, width] to the shared space [N, d]."""
+    size = pooled_size(config, side)
+    if getattr(config, f"{side}_projection"):
+        return nn.Linear(size, config.projection_dim, bias=False)
+    if size != config.projection_dim:
+        raise ValueError(
+            f"{side}_projection is False, but the {side} encoder gives {size} numbers and projection_dim is "
+            f"{config.projection_dim}: make them equal, or let {side}_projection be True."
+        )
+    return nn.Identity()
+
+
+def pooled_size(config: AmorLIPConfig, side: str) -> int:
+    """Width of an encoder's pooled output; hierarchical encoders list a width a stage."""
+    config, pooling = getattr(config, f"{side}_config"), getattr(config, f"{side}_pooling")
+    if pooling == "pooler" and hasattr(config, "projection_size"):  # SigLIP's texts
+        return config.projection_size
+    return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
 
 
 def load_encoder(source: str | os.PathLike | PreTrainedModel, side: str) -> PreTrainedModel:
@@ -52,13 +80,6 @@ def load_encoder(source: str | os.PathLike | PreTrainedModel, side: str) -> PreT
         config = AutoConfig.from_pretrained(source)
         source = _auto_class(config).from_pretrained(source, dtype=torch.float32)
     return getattr(source, f"{side}_model", source)
-
-
-def embedding_size(config: PreTrainedConfig, pooling: str) -> int:
-    """Width of an encoder's pooled output; hierarchical encoders list a width a stage."""
-    if pooling == "pooler" and hasattr(config, "projection_size"):  # SigLIP's texts
-        return config.projection_size
-    return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
 
 
 def encode_images(
@@ -153,4 +174,13 @@ def _auto_class(config: PreTrainedConfig) -> type:
     return AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
 
 
-__all__ = ["build_encoder", "embedding_size", "encode_images", "encode_texts", "load_encoder", "pad_right", "pool"]
+__all__ = [
+    "build_encoder",
+    "build_projection",
+    "encode_images",
+    "encode_texts",
+    "load_encoder",
+    "pad_right",
+    "pool",
+    "pooled_size",
+]

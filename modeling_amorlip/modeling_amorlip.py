@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .amortizer_amorlip import AmorLIPAmortizer, EmbeddingRing, PrototypeHead, RandomFeaturesHead
 from .configuration_amorlip import AmorLIPConfig
-from .encoders_amorlip import build_encoder, embedding_size, encode_images, encode_texts, load_encoder
+from .encoders_amorlip import build_encoder, build_projection, encode_images, encode_texts, load_encoder, pooled_size
 from .loss_amorlip import log_partitions, positive_logits
 
 
@@ -53,7 +53,7 @@ class AmorLIPOutput(ModelOutput):
 
 
 class AmorLIPPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and loading common to AmorLIP's models; the encoders initialise themselves."""
+    """Weight initialisation, loading and saving of AmorLIP's models; the encoders initialise themselves."""
 
     config_class = AmorLIPConfig
     base_model_prefix = "amorlip"
@@ -87,9 +87,9 @@ class AmorLIPPreTrainedModel(PreTrainedModel):
             init.normal_(module.frequencies)
             init.zeros_(module.log_weights)
         elif isinstance(module, AmorLIPPreTrainedModel):
-            for projection in ("visual_projection", "text_projection"):
-                if (linear := getattr(module, projection, None)) is not None:
-                    init.normal_(linear.weight, std=linear.in_features**-0.5)
+            for name in ("visual_projection", "text_projection"):
+                if isinstance(projection := getattr(module, name, None), nn.Linear):
+                    init.normal_(projection.weight, std=projection.in_features**-0.5)
             if isinstance(module, AmorLIPModel):
                 init.constant_(module.logit_scale, self.config.logit_scale_init_value)
                 if module.logit_bias is not None:
@@ -121,12 +121,10 @@ class AmorLIPModel(AmorLIPPreTrainedModel):
 
     def __init__(self, config: AmorLIPConfig):
         super().__init__(config)
-        self.vision_model = build_encoder(config.vision_config, config.vision_pooling)
-        self.text_model = build_encoder(config.text_config, config.text_pooling)
-        vision_size = embedding_size(config.vision_config, config.vision_pooling)
-        text_size = embedding_size(config.text_config, config.text_pooling)
-        self.visual_projection = nn.Linear(vision_size, config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(text_size, config.projection_dim, bias=False)
+        self.vision_model = build_encoder(config, "vision")
+        self.text_model = build_encoder(config, "text")
+        self.visual_projection = build_projection(config, "vision")
+        self.text_projection = build_projection(config, "text")
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.logit_bias = None
         if config.logit_bias_init_value is not None:
@@ -294,9 +292,8 @@ class AmorLIPVisionModelWithProjection(AmorLIPPreTrainedModel):
 
     def __init__(self, config: AmorLIPConfig):
         super().__init__(config)
-        self.vision_model = build_encoder(config.vision_config, config.vision_pooling)
-        size = embedding_size(config.vision_config, config.vision_pooling)
-        self.visual_projection = nn.Linear(size, config.projection_dim, bias=False)
+        self.vision_model = build_encoder(config, "vision")
+        self.visual_projection = build_projection(config, "vision")
         self.post_init()
 
     @can_return_tuple
@@ -315,9 +312,8 @@ class AmorLIPTextModelWithProjection(AmorLIPPreTrainedModel):
 
     def __init__(self, config: AmorLIPConfig):
         super().__init__(config)
-        self.text_model = build_encoder(config.text_config, config.text_pooling)
-        size = embedding_size(config.text_config, config.text_pooling)
-        self.text_projection = nn.Linear(size, config.projection_dim, bias=False)
+        self.text_model = build_encoder(config, "text")
+        self.text_projection = build_projection(config, "text")
         self.post_init()
 
     @can_return_tuple
@@ -345,8 +341,8 @@ class AmorLIPForImageClassification(AmorLIPPreTrainedModel):
 
     def __init__(self, config: AmorLIPConfig):
         super().__init__(config)
-        self.vision_model = build_encoder(config.vision_config, config.vision_pooling)
-        self.classifier = nn.Linear(embedding_size(config.vision_config, config.vision_pooling), config.num_labels)
+        self.vision_model = build_encoder(config, "vision")
+        self.classifier = nn.Linear(pooled_size(config, "vision"), config.num_labels)
         self.post_init()
 
     @can_return_tuple

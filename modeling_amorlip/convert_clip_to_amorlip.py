@@ -1,0 +1,422 @@
+"""
+AmorLIP models from the weights of others: Transformers' CLIP and SigLIP, OpenCLIP, the AmorLIP authors' checkpoints.
+
+    python -m modeling_amorlip.convert_clip_to_amorlip --source openai/clip-vit-base-patch32 --output outputs/converted
+    python -m modeling_amorlip.convert_clip_to_amorlip --source open_clip_model.safetensors --tokenizer NAME ...
+    python -m modeling_amorlip.convert_clip_to_amorlip --source logs/NAME/checkpoints/epoch_33.pt --output ...
+
+The embeddings are the source's. Heads come from the authors' checkpoints only; otherwise none are saved, and a model
+loaded from the folder has fresh ones and says so. Pickles are read as tensors only: one that holds code is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import pickle
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, CLIPImageProcessor, CLIPProcessor
+from transformers.utils import cached_file
+
+
+if not __package__:  # run as a file: this folder has a module of the package's name
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from modeling_amorlip import AmorLIPConfig, AmorLIPModel  # noqa: E402
+
+
+TEXT_NAMES = (
+    ("token_embedding.", "text_model.embeddings.token_embedding."),
+    ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("transformer.resblocks.", "text_model.encoder.layers."),
+    ("ln_final.", "text_model.final_layer_norm."),
+    ("text_projection", "text_projection.weight"),
+)
+VIT_NAMES = (
+    ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+    ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    ("visual.conv1.", "vision_model.embeddings.patch_embedding."),
+    ("visual.ln_pre.", "vision_model.pre_layrnorm."),
+    ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
+    ("visual.ln_post.", "vision_model.post_layernorm."),
+    ("visual.proj", "visual_projection.weight"),
+    *TEXT_NAMES,
+)
+RESNET_NAMES = (("visual.", "vision_model."), *TEXT_NAMES)
+LAYER_NAMES = (
+    (".ln_1.", ".layer_norm1."),
+    (".ln_2.", ".layer_norm2."),
+    (".attn.out_proj.", ".self_attn.out_proj."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+)
+TRANSPOSED = ("visual.proj", "text_projection")  # OpenCLIP multiplies from the right
+
+# What a model_cfg of OpenCLIP may say; anything else, if set, asks for an architecture that is not CLIP's.
+MODEL_FIELDS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_bias"}
+VISION_FIELDS = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "patch_dropout"}
+TEXT_FIELDS = {
+    "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pool_type", "eos_id",
+    "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode",
+}  # fmt: skip
+
+
+class Converted(NamedTuple):
+    """A model with the source's embeddings, its processor where one is known, and whether its heads are trained."""
+
+    model: AmorLIPModel
+    processor: Any | None
+    has_heads: bool
+
+
+def convert(
+    source: str | os.PathLike,
+    *,
+    quick_gelu: bool | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    batch_size: int | None = None,
+) -> Converted:
+    """
+    Args:
+        source: a folder or a name on the Hub of Transformers' CLIP or SigLIP or of OpenCLIP, or an OpenCLIP checkpoint
+            file (.safetensors, or a pickle of tensors).
+        quick_gelu: activation of an OpenCLIP checkpoint. Without it, what its open_clip_config.json or params.txt says;
+            failing these, QuickGELU for OpenAI's own weights and GELU, OpenCLIP's default, for others.
+        tokenizer: folder or name on the Hub of the tokenizer for an OpenCLIP checkpoint.
+        batch_size: pairs in a batch, over all processes, of a run of the AmorLIP authors' code. Their heads predict a
+            log-sum over the batch, ours a log-mean. Without it, what the run's params.txt says.
+
+    Raises:
+        ValueError: the source is of no kind that can be converted, or holds code; the message says what to do.
+    """
+    if os.path.isfile(source):
+        return convert_open_clip(Path(source), quick_gelu=quick_gelu, tokenizer=tokenizer, batch_size=batch_size)
+    if cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False):
+        return convert_transformers(source)
+    for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"):
+        if path := cached_file(source, name, _raise_exceptions_for_missing_entries=False):
+            cached_file(source, "open_clip_config.json", _raise_exceptions_for_missing_entries=False)  # beside it
+            return convert_open_clip(Path(path), quick_gelu=quick_gelu, tokenizer=tokenizer, batch_size=batch_size)
+    raise ValueError(f"{source} holds neither a config.json (Transformers) nor an open_clip_model.safetensors.")
+
+
+def save(converted: Converted, folder: str | os.PathLike) -> None:
+    """Writes model and processor; heads that were never trained stay out."""
+    weights = converted.model.state_dict()
+    if not converted.has_heads:
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("amortizer.")}
+    converted.model.save_pretrained(folder, state_dict=weights)
+    if converted.processor is not None:
+        converted.processor.save_pretrained(folder)
+
+
+# -- Transformers ------------------------------------------------------------------------------------------------------
+
+
+def convert_transformers(source: str | os.PathLike) -> Converted:
+    """From a folder or a name on the Hub of Transformers' CLIP or SigLIP, whose towers are taken as they are."""
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if config.model_type not in ("clip", "siglip", "siglip2"):
+        raise ValueError(f"{source} is of the type {config.model_type!r}; clip, siglip and siglip2 can be converted.")
+    projects = config.model_type == "clip"
+    if not projects and not config.vision_config.vision_use_head:
+        raise ValueError(f"{source}: vision_config.vision_use_head is False, so there is no image embedding to match.")
+    other = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+    weights = other.state_dict()
+    for name in ("logit_scale", "logit_bias"):
+        if name in weights:
+            weights[name] = weights[name].reshape(())  # [1] in SigLIP
+    model = _build(
+        weights,
+        vision_config=config.vision_config.to_dict(),
+        text_config=config.text_config.to_dict(),
+        projection_dim=config.projection_dim if projects else config.vision_config.hidden_size,
+        vision_projection=projects,
+        text_projection=projects,
+    )
+    try:
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError):
+        processor = None
+    return Converted(model, processor, False)
+
+
+def _build(weights: dict[str, Tensor], **fields) -> AmorLIPModel:
+    """A model with these weights, which must be all of its own but for the heads."""
+    model = AmorLIPModel(AmorLIPConfig(**fields, logit_bias_init_value=0.0 if "logit_bias" in weights else None))
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # a shape differs
+        raise ValueError(str(error)) from None
+    missing = [name for name in missing if not name.startswith("amortizer.")]
+    if missing or unexpected:
+        raise ValueError(
+            f"The checkpoint's architecture is not CLIP's: {len(missing)} weights are missing, such as {missing[:3]}, "
+            f"and {len(unexpected)} have no place, such as {unexpected[:3]}."
+        )
+    # Both are what a fresh model would start from; the weights know better.
+    model.config.logit_scale_init_value = model.logit_scale.item()
+    model.config.logit_bias_init_value = None if model.logit_bias is None else model.logit_bias.item()
+    return model.eval()
+
+
+# -- OpenCLIP ----------------------------------------------------------------------------------------------------------
+
+
+def convert_open_clip(
+    path: Path, *, quick_gelu: bool | None = None, tokenizer=None, batch_size: int | None = None
+) -> Converted:
+    """From a checkpoint file in OpenCLIP's or OpenAI's layout, ViT or ResNet; see `convert`."""
+    checkpoint = load_tensors(path)
+    config = _read_open_clip_config(path.with_name("open_clip_config.json"))
+    run = _read_run_parameters(path.parent.parent / "params.txt")
+    weights = _plain_names(checkpoint.get("state_dict", checkpoint))
+    is_openai = weights.pop("input_resolution", None) is not None
+    for name in ("context_length", "vocab_size", "attn_mask"):
+        weights.pop(name, None)
+    if quick_gelu is None:
+        quick_gelu = config.get("model_cfg", {}).get("quick_gelu", is_openai)
+        quick_gelu |= run.get("force_quick_gelu") == "True" or run.get("model", "").endswith("-quickgelu")
+    fields = open_clip_architecture(weights, config.get("model_cfg", {}), "quick_gelu" if quick_gelu else "gelu")
+    heads = {}
+    if head_names := [n for n in ("lambda_ema_mlps_state_dict", "lambda_mlps_state_dict") if n in checkpoint]:
+        # The EMA target network is the one that the encoders were trained against.
+        heads = _convert_heads(_plain_names(checkpoint[head_names[0]]), run, batch_size, weights["logit_scale"].exp())
+        hidden, width = heads["amortizer.image_head.fc1.weight"].shape
+        fields["amortizer_config"] = {"width_factor": hidden / width}
+    model = _build(from_open_clip_names(weights) | heads, **fields)
+    return Converted(model, _open_clip_processor(model.config, config, tokenizer), bool(heads))
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint file; never runs code that it may hold.
+
+    Raises:
+        ValueError: it is no checkpoint, or holds more than tensors, numbers and texts.
+    """
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    # Learning rates of a cosine schedule are often saved as NumPy numbers, which are data too.
+    scalar = np._core.multiarray.scalar
+    numbers = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType]
+    try:
+        with torch.serialization.safe_globals(numbers):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is refused: it is no file of tensors, or holds code that would run on loading. Take weights as "
+            f"safetensors, or a state_dict saved by torch.save alone. ({str(error).splitlines()[0]})"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; a dictionary of tensors is needed.")
+    return content
+
+
+def open_clip_architecture(weights: dict[str, Tensor], model_cfg: dict, hidden_act: str) -> dict[str, Any]:
+    """Fields of an `AmorLIPConfig`, read from the shapes; what they do not tell comes from OpenCLIP's `model_cfg`."""
+    _refuse_unknown("model_cfg", model_cfg, MODEL_FIELDS)
+    vision_cfg, text_cfg = model_cfg.get("vision_cfg", {}), model_cfg.get("text_cfg", {})
+    _refuse_unknown("vision_cfg", vision_cfg, VISION_FIELDS)
+    _refuse_unknown("text_cfg", text_cfg, TEXT_FIELDS)
+    if text_cfg.get("pool_type", "argmax") not in ("argmax", "eos"):
+        raise ValueError(f"text_cfg.pool_type is {text_cfg['pool_type']!r}; argmax and eos can be converted.")
+    try:
+        vocab_size, width = weights["token_embedding.weight"].shape
+        text_config = {
+            "model_type": "clip_text_model",
+            "vocab_size": vocab_size,
+            "max_position_embeddings": len(weights["positional_embedding"]),
+            **_transformer(weights, "transformer", hidden_act, text_cfg.get("heads", max(1, width // 64))),
+            # OpenCLIP pools at the highest id, CLIP's end of text.
+            "bos_token_id": vocab_size - 2,
+            "eos_token_id": text_cfg.get("eos_id", 2) if text_cfg.get("pool_type") == "eos" else vocab_size - 1,
+        }
+        head_width = vision_cfg.get("head_width", 64)
+        if "visual.attnpool.c_proj.weight" in weights:
+            output_dim, channels = weights["visual.attnpool.c_proj.weight"].shape
+            grid = math.isqrt(len(weights["visual.attnpool.positional_embedding"]) - 1)
+            vision_config = {
+                "model_type": "amorlip_resnet",
+                "width": channels // 32,
+                "depths": [_count(weights, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)],
+                "num_attention_heads": channels // head_width,
+                "image_size": vision_cfg.get("image_size", 32 * grid),
+                "output_dim": output_dim,
+            }
+        else:
+            width, _, patch_size, _ = weights["visual.conv1.weight"].shape
+            grid = math.isqrt(len(weights["visual.positional_embedding"]) - 1)
+            vision_config = {
+                "model_type": "clip_vision_model",
+                "image_size": grid * patch_size,
+                "patch_size": patch_size,
+                **_transformer(weights, "visual.transformer", hidden_act, max(1, width // head_width)),
+            }
+        projection_dim = weights["text_projection"].shape[1]
+    except KeyError as error:
+        raise ValueError(
+            f"The checkpoint has no {error}, so it is no CLIP of OpenCLIP's (ViT or ResNet, and CLIP's text encoder). "
+            "SigLIP is converted from its repository for Transformers."
+        ) from None
+    return {"vision_config": vision_config, "text_config": text_config, "projection_dim": projection_dim}
+
+
+def from_open_clip_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP's state dict with the names and layouts of `AmorLIPModel`'s."""
+    table = RESNET_NAMES if "visual.attnpool.c_proj.weight" in weights else VIT_NAMES
+    ours = {}
+    for name, weight in weights.items():
+        renamed = rename(name, table, LAYER_NAMES)
+        if name in TRANSPOSED:
+            weight = weight.T
+        if ".attn.in_proj_" in name:
+            for part, chunk in zip("qkv", weight.chunk(3), strict=True):
+                ours[renamed.replace(".attn.in_proj_", f".self_attn.{part}_proj.")] = chunk
+        else:
+            ours[renamed] = weight
+    return ours
+
+
+def rename(name: str, prefixes, parts) -> str:
+    """The name with the first of the prefixes that fits, and all of the parts, replaced; both are pairs (old, new)."""
+    for old, new in prefixes:
+        if name.startswith(old):
+            name = new + name[len(old) :]
+            break
+    for old, new in parts:
+        name = name.replace(old, new)
+    return name
+
+
+def _plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what DistributedDataParallel, torch.compile and OpenCLIP's CustomTextCLIP put before the names."""
+    return {re.sub(r"^(module\.|_orig_mod\.)*(text\.)?", "", name): weight for name, weight in weights.items()}
+
+
+def _count(weights: dict[str, Tensor], prefix: str) -> int:
+    return len({name[len(prefix) :].split(".")[0] for name in weights if name.startswith(prefix)})
+
+
+def _transformer(weights: dict[str, Tensor], prefix: str, hidden_act: str, num_attention_heads: int) -> dict[str, Any]:
+    intermediate_size, hidden_size = weights[f"{prefix}.resblocks.0.mlp.c_fc.weight"].shape
+    return {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": _count(weights, f"{prefix}.resblocks."),
+        "num_attention_heads": num_attention_heads,
+        "hidden_act": hidden_act,
+    }
+
+
+def _refuse_unknown(name: str, fields: dict, known: set[str]) -> None:
+    if unknown := sorted(field for field, value in fields.items() if field not in known and value):
+        raise ValueError(f"open_clip_config.json: {name} sets {unknown}, which is not of CLIP's architecture.")
+
+
+def _read_open_clip_config(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _open_clip_processor(config: AmorLIPConfig, open_clip_config: dict, tokenizer):
+    """CLIP's processor with the checkpoint's preprocessing; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    tokenizer, text = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False), config.text_config
+    if tokenizer.eos_token_id != text.eos_token_id or len(tokenizer) > text.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens and ends texts with {tokenizer.eos_token_id}; the checkpoint "
+            f"knows {text.vocab_size} and reads at {text.eos_token_id}. Name the tokenizer it was trained with."
+        )
+    tokenizer.model_max_length = text.max_position_embeddings
+    preprocess, size = open_clip_config.get("preprocess_cfg", {}), config.vision_config.image_size
+    image_processor = CLIPImageProcessor(
+        size={"height": size, "width": size} if preprocess.get("resize_mode") == "squash" else {"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        resample={"bicubic": 3, "bilinear": 2}[preprocess.get("interpolation", "bicubic")],
+        do_convert_rgb=True,
+        **{f"image_{name}": preprocess[name] for name in ("mean", "std") if name in preprocess},
+    )
+    return CLIPProcessor(image_processor, tokenizer)
+
+
+# -- the AmorLIP authors' runs -----------------------------------------------------------------------------------------
+
+
+def _read_run_parameters(path: Path) -> dict[str, str]:
+    """What a run's `params.txt` says, a `name: value` a line."""
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return dict(line.split(": ", 1) for line in lines if ": " in line)
+
+
+def _convert_heads(heads: dict[str, Tensor], run: dict[str, str], batch_size: int | None, scale: Tensor):
+    """Their `LambdaMLPs` as our `residual_mlp` heads, which predict the log-mean instead of the log-sum."""
+    if run.get("normalize_type", "L2") != "L2":
+        raise ValueError(f"params.txt: normalize_type is {run['normalize_type']}; embeddings of unit norm are needed.")
+    if batch_size is None:
+        if "batch_size" not in run:
+            raise ValueError(
+                "The heads of this checkpoint predict a sum over a batch, and how large it was stands nowhere in it: "
+                "give batch_size (--batch_size N, over all processes), or put the run's params.txt where it was."
+            )
+        batch_size = int(run["batch_size"]) * int(run.get("world_size", 1))
+    if batch_size < 2:
+        raise ValueError(f"batch_size is {batch_size}; a partition sum needs at least 2 pairs.")
+    ours = {}
+    for name, weight in heads.items():
+        modality, _, rest = name.partition("_mlp.")
+        ours[f"amortizer.{modality}_head.{rest.replace('fc3.', 'out.')}"] = weight.float()
+    for head in ("amortizer.image_head", "amortizer.text_head"):
+        ours[f"{head}.out.bias"] = ours[f"{head}.out.bias"] - math.log(batch_size - 1)
+        if run.get("denormalize_features") == "True":
+            # They saw embeddings times a = sqrt(scale), in fc1 and in the residual: relu(h + a x) = a relu(h / a + x).
+            a = scale.float().sqrt()
+            for name, factor in (("fc1.weight", a), ("norm2.weight", 1 / a), ("norm2.bias", 1 / a), ("out.weight", a)):
+                ours[f"{head}.{name}"] = ours[f"{head}.{name}"] * factor
+    return ours
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True, help="folder, checkpoint file or name on the Hub")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--tokenizer", help="folder or name on the Hub; OpenCLIP's checkpoints bring none")
+    parser.add_argument("--batch_size", type=int, help="global batch of a run of the AmorLIP authors' code")
+    parser.add_argument(
+        "--quick_gelu", action=argparse.BooleanOptionalAction, help="activation of an OpenCLIP checkpoint"
+    )
+    arguments = parser.parse_args()
+    try:
+        converted = convert(
+            arguments.source,
+            quick_gelu=arguments.quick_gelu,
+            tokenizer=arguments.tokenizer,
+            batch_size=arguments.batch_size,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    save(converted, arguments.output)
+    config = converted.model.config
+    print(
+        f"{config.vision_config.model_type} and {config.text_config.model_type} "
+        f"({config.text_config.hidden_act}), {config.projection_dim} dimensions, "
+        f"{'with' if converted.has_heads else 'without'} heads, "
+        f"{'with' if converted.processor is not None else 'without'} processor: {arguments.output}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

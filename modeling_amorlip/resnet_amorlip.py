@@ -1,0 +1,186 @@
+"""
+CLIP's ResNet (Radford et al. 2021, Section 2.4) as a vision encoder: a stem of three convolutions, strides that average
+before they subsample, and attention in place of global pooling. The paper's image tower on CC3M is its RN50.
+
+    from modeling_amorlip import AmorLIPConfig, AmorLIPModel
+
+    model = AmorLIPModel(AmorLIPConfig(vision_config={"model_type": "amorlip_resnet"}, projection_dim=1024))
+
+Parameters are named as in CLIP's and OpenCLIP's checkpoints, less their prefix `visual.`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .configuration_amorlip import AmorLIPResNetConfig
+
+
+class AmorLIPResNetBlock(nn.Module):
+    """A bottleneck: [N, in_channels, H, W] -> [N, 4 channels, H / stride, W / stride]."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * channels)
+        self.downsample = None
+        if stride > 1 or in_channels != 4 * channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, 4 * channels, 1, bias=False), nn.BatchNorm2d(4 * channels)
+            )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        shortcut = hidden if self.downsample is None else self.downsample(self.avgpool(hidden))
+        hidden = self.bn1(self.conv1(hidden)).relu()
+        hidden = self.bn2(self.conv2(hidden)).relu()
+        return (self.bn3(self.conv3(self.avgpool(hidden))) + shortcut).relu()
+
+
+class FrozenStatistics:
+    """Inside it a module's running statistics stay: a pass done again for its activations must not count twice."""
+
+    def __init__(self, module: nn.Module):
+        norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+        self.momenta = {norm: norm.momentum for norm in norms}
+
+    def __enter__(self):
+        for norm in self.momenta:
+            norm.momentum = 0.0
+
+    def __exit__(self, *exception):
+        for norm, momentum in self.momenta.items():
+            norm.momentum = momentum
+
+
+class AmorLIPResNetAttentionPool(nn.Module):
+    """The mean over a grid asks the grid, by multi-head attention: [N, C, H, W] -> [N, output_dim]."""
+
+    def __init__(self, config: AmorLIPResNetConfig):
+        super().__init__()
+        channels, grid = 32 * config.width, config.image_size // 32
+        self.num_heads = config.num_attention_heads
+        self.positional_embedding = nn.Parameter(torch.empty(grid**2 + 1, channels))
+        self.k_proj = nn.Linear(channels, channels)
+        self.q_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, channels)
+        self.c_proj = nn.Linear(channels, config.output_dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        tokens = hidden.flatten(2).mT
+        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1) + self.positional_embedding
+        query, key, value = (
+            projection(inputs).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection, inputs in ((self.q_proj, tokens[:, :1]), (self.k_proj, tokens), (self.v_proj, tokens))
+        )
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.c_proj(attended.flatten(1))
+
+
+class AmorLIPResNetModel(PreTrainedModel):
+    """CLIP's ResNet. Its pooled output is the image embedding: no further projection follows it in CLIP."""
+
+    config_class = AmorLIPResNetConfig
+    base_model_prefix = "amorlip_resnet"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["AmorLIPResNetBlock"]
+
+    def __init__(self, config: AmorLIPResNetConfig):
+        super().__init__(config)
+        width = config.width
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.avgpool = nn.AvgPool2d(2)
+        in_channels = width
+        for index, depth in enumerate(config.depths):
+            channels, blocks = width * 2**index, []
+            for block in range(depth):
+                blocks.append(AmorLIPResNetBlock(in_channels, channels, 2 if index and not block else 1))
+                in_channels = 4 * channels
+            setattr(self, f"layer{index + 1}", nn.ModuleList(blocks))
+        self.attnpool = AmorLIPResNetAttentionPool(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.conv1
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """
+        Args:
+            pixel_values: [N, 3, image_size, image_size].
+            output_hidden_states: also return what the stem and each block give.
+
+        Returns:
+            `last_hidden_state` [N, 32 width, image_size / 32, image_size / 32] and `pooler_output` [N, output_dim].
+
+        Raises:
+            ValueError: the images have another size; the pool's position embeddings are made for one.
+        """
+        size = self.config.image_size
+        if pixel_values.shape[-2:] != (size, size):
+            height, width = pixel_values.shape[-2:]
+            raise ValueError(f"pixel_values are {height} x {width}, this encoder was made for {size} x {size}.")
+        hidden = self.bn1(self.conv1(pixel_values)).relu()
+        hidden = self.bn2(self.conv2(hidden)).relu()
+        hidden = self.avgpool(self.bn3(self.conv3(hidden)).relu())
+        states = [hidden]
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                if self.gradient_checkpointing and self.training:
+                    contexts = contextlib.nullcontext(), FrozenStatistics(block)
+                    hidden = self._gradient_checkpointing_func(
+                        block.__call__, hidden, context_fn=lambda contexts=contexts: contexts
+                    )
+                else:
+                    hidden = block(hidden)
+                states.append(hidden)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        outputs = BaseModelOutputWithPooling(
+            last_hidden_state=hidden,
+            pooler_output=self.attnpool(hidden),
+            hidden_states=tuple(states) if wanted else None,
+        )
+        return outputs.to_tuple() if return_dict is False else outputs
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # As CLIP: PyTorch's defaults, but for blocks that begin as the identity and for the pool.
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+        elif isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            init.normal_(module.weight, std=bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, AmorLIPResNetBlock):
+            init.zeros_(module.bn3.weight)
+        elif isinstance(module, AmorLIPResNetAttentionPool):
+            init.normal_(module.positional_embedding, std=module.positional_embedding.shape[1] ** -0.5)
+        else:
+            super()._init_weights(module)
+
+
+__all__ = ["AmorLIPResNetModel"]
