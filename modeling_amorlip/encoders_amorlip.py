@@ -144,7 +144,7 @@ def pool(
     if pooling == "eos":
         is_end = is_end & (attention_mask != 0)
         position = torch.where(is_end.any(1), is_end.int().argmax(1), position)
-    return hidden[torch.arange(len(hidden), device=hidden.device), position]
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), position]
 
 
 def pad_right(attention_mask: Tensor, *tokens: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -156,7 +156,8 @@ def pad_right(attention_mask: Tensor, *tokens: Tensor | None) -> tuple[Tensor | 
     """
     length = attention_mask.shape[1]
     start = attention_mask.int().argmax(1, keepdim=True)
-    order = (torch.arange(length, device=attention_mask.device) + start) % length
+    order = torch.arange(length, device=attention_mask.device) + start
+    order = torch.where(order < length, order, order - length)  # ONNX export knows no remainder by a dynamic length
     return tuple(None if rows is None else rows.gather(1, order) for rows in (attention_mask, *tokens))
 
 
