@@ -25,6 +25,7 @@ from .resnet_amorlip import AmorLIPResNetModel
 
 AutoConfig.register("amorlip", AmorLIPConfig)
 AutoModel.register(AmorLIPConfig, AmorLIPModel)
+AutoModel.register(AmorLIPResNetConfig, AmorLIPResNetModel)
 AutoModelForZeroShotImageClassification.register(AmorLIPConfig, AmorLIPModel)
 AutoModelForImageClassification.register(AmorLIPConfig, AmorLIPForImageClassification)
 AutoProcessor.register(AmorLIPConfig, CLIPProcessor)

@@ -17,30 +17,32 @@ from transformers import (
     AutoModelForTextEncoding,
     PreTrainedConfig,
     PreTrainedModel,
-    Siglip2TextConfig,
     Siglip2TextModel,
-    SiglipTextConfig,
     SiglipTextModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .configuration_amorlip import AmorLIPConfig, AmorLIPResNetConfig
+from .configuration_amorlip import AmorLIPConfig
 from .resnet_amorlip import AmorLIPResNetModel
 
 
-# Here rather than in the package: a folder loaded with trust_remote_code has no package. Transformers itself builds
-# SigLIP's text towers only inside of SigLIP.
-AutoModel.register(AmorLIPResNetConfig, AmorLIPResNetModel, exist_ok=True)
-AutoModel.register(SiglipTextConfig, SiglipTextModel, exist_ok=True)
-AutoModel.register(Siglip2TextConfig, Siglip2TextModel, exist_ok=True)
+# Ours, by name: to a folder's code loaded with trust_remote_code, configurations come from another copy of it, so that
+# AutoModel would not know their class. And SigLIP's texts, which Transformers itself builds only inside of SigLIP.
+ENCODERS = {
+    "amorlip_resnet": AmorLIPResNetModel,
+    "siglip_text_model": SiglipTextModel,
+    "siglip2_text_model": Siglip2TextModel,
+}
 
 
 def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
     """The `"vision"` or `"text"` encoder of a model with fresh weights, in the default dtype."""
     config, pooling = getattr(config, f"{side}_config"), getattr(config, f"{side}_pooling")
     # The dtype is named, since the configuration may remember another one from the checkpoint that it came with.
-    encoder = _auto_class(config).from_config(config, dtype=torch.get_default_dtype())
+    model_class = _encoder_class(config)
+    build = getattr(model_class, "_from_config", None) or model_class.from_config  # the latter is an Auto class's
+    encoder = build(config, dtype=torch.get_default_dtype())
     pooler = getattr(encoder, "pooler", None)
     if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
         encoder.pooler = None  # weights that no gradient would reach
@@ -78,7 +80,7 @@ def load_encoder(source: str | os.PathLike | PreTrainedModel, side: str) -> PreT
     """
     if not isinstance(source, PreTrainedModel):
         config = AutoConfig.from_pretrained(source)
-        source = _auto_class(config).from_pretrained(source, dtype=torch.float32)
+        source = _encoder_class(config).from_pretrained(source, dtype=torch.float32)
     return getattr(source, f"{side}_model", source)
 
 
@@ -170,9 +172,10 @@ def _with_pooling(outputs: ModelOutput, pooled: Tensor) -> BaseModelOutputWithPo
     )
 
 
-def _auto_class(config: PreTrainedConfig) -> type:
-    # The first gives the encoder alone of an encoder-decoder such as T5.
-    return AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+def _encoder_class(config: PreTrainedConfig) -> type:
+    # AutoModelForTextEncoding gives the encoder alone of an encoder-decoder such as T5.
+    auto = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+    return ENCODERS.get(config.model_type, auto)
 
 
 __all__ = [

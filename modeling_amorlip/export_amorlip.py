@@ -3,8 +3,8 @@ Both encoders of an AmorLIP model for other runtimes, batch and text length dyna
 
     python -m modeling_amorlip.export_amorlip --model outputs/emoji_demo --output outputs/emoji_onnx
 
-writes `vision_model.onnx` (pixel_values -> image_embeds), `text_model.onnx` (input_ids, attention_mask -> text_embeds) and
-the processor; with `--format pt2`, `torch.export` programs instead, for `torch.export.load`. ONNX needs the extra `export`.
+writes `vision_model.onnx` (pixel_values -> image_embeds), `text_model.onnx` (input_ids, attention_mask -> text_embeds)
+and the processor. `--format pt2` writes programs for `torch.export.load` instead. ONNX needs the extra `export`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class TextEmbedder(nn.Module):
 
 
 def export_encoders(model: AmorLIPModel) -> dict[str, ExportedProgram]:
-    """The encoders as `torch.export` programs, `vision_model` and `text_model`, in the model's dtype and on its device."""
+    """`vision_model` and `text_model` as `torch.export` programs, in the model's dtype and on its device."""
     vision = model.config.vision_config
     size = vision.image_size
     height, width = (size, size) if isinstance(size, int) else size

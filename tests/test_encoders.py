@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import TINY
 from safetensors import safe_open
+from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForTextEncoding,
     AutoProcessor,
     AutoTokenizer,
     BertForMaskedLM,
@@ -21,13 +21,15 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     PreTrainedTokenizerFast,
+    SiglipTextModel,
+    T5EncoderModel,
     pipeline,
 )
 from transformers.modeling_outputs import BaseModelOutput
 
 from eval.encode import encode_texts as encode
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel
-from modeling_amorlip.encoders_amorlip import pad_right, pool
+from modeling_amorlip.encoders_amorlip import encode_texts, pad_right, pool
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -75,8 +77,8 @@ def padded():
 def test_text_encoders(model_type, changes, pooling, padded, tmp_path):
     torch.manual_seed(0)
     config = make_config(model_type, changes)
-    auto = AutoModelForTextEncoding if model_type == "t5" else AutoModel
-    source = auto.from_config(config).eval()
+    classes = {"t5": T5EncoderModel, "siglip_text_model": SiglipTextModel}
+    source = (classes[model_type](config) if model_type in classes else AutoModel.from_config(config)).eval()
     source.save_pretrained(tmp_path / "encoder")
     model = AmorLIPModel.from_encoders(DINO, tmp_path / "encoder", projection_dim=16).eval()
     assert model.config.text_pooling == pooling
@@ -248,15 +250,19 @@ TEXTS = ["a kitten is sleeping on the sofa", "cat", "the stock market fell sharp
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_minilm_is_pooled_as_by_hand(sentences, minilm, side):
+def test_minilm_is_pooled_as_by_hand_and_by_sentence_transformers(sentences, minilm, side):
     tokenizer = AutoTokenizer.from_pretrained(minilm, padding_side=side)
-    bert = BertModel.from_pretrained(minilm).eval()
-    alone = [bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in TEXTS]
     tokens = tokenizer(TEXTS, padding=True, return_tensors="pt")
     assert "token_type_ids" in tokens
-    features = sentences.get_text_features(**tokens).pooler_output
-    expected = sentences.text_projection(torch.stack(alone))
-    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+    pooled = encode_texts(sentences.text_model, sentences.config.text_pooling, **tokens).pooler_output
+    bert = BertModel.from_pretrained(minilm).eval()
+    alone = [bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in TEXTS]
+    torch.testing.assert_close(pooled, torch.stack(alone), rtol=1e-4, atol=1e-5)
+
+    theirs = SentenceTransformer(str(minilm), device="cpu").encode(TEXTS, convert_to_tensor=True)
+    ours = torch.nn.functional.normalize(pooled, dim=-1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert ours[0] @ ours[1] > ours[0] @ ours[2] + 0.2  # a kitten is more of a cat than a stock market is
 
 
 def test_minilm_with_a_processor_from_disk(sentences, minilm, tmp_path, demo_rows):
