@@ -11,7 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 
-def encode_images(model, processor, images: Iterable[Image.Image], batch_size: int = 256) -> Tensor:
+def encode_images(
+    model, processor, images: Iterable[Image.Image], batch_size: int = 256, normalize: bool = True
+) -> Tensor:
     """Unit-norm image embeddings [I, d], float32, on the CPU. A batch is made ready while the one before is encoded."""
 
     ready = processor.image_processor
@@ -28,15 +30,17 @@ def encode_images(model, processor, images: Iterable[Image.Image], batch_size: i
     def encode(pixels):
         return model.get_image_features(pixel_values=pixels.to(model.device, model.dtype, non_blocking=True))
 
-    return torch.cat(list(_encode(model, prepare, encode, images, batch_size)))
+    return torch.cat(list(_encode(model, prepare, encode, images, batch_size, normalize)))
 
 
-def encode_texts(model, processor, texts: Iterable[str], batch_size: int = 256) -> Tensor:
+def encode_texts(model, processor, texts: Iterable[str], batch_size: int = 256, normalize: bool = True) -> Tensor:
     """Unit-norm text embeddings [T, d], float32, on the CPU."""
-    return torch.cat(list(stream_texts(model, processor, texts, batch_size)))
+    return torch.cat(list(stream_texts(model, processor, texts, batch_size, normalize)))
 
 
-def stream_texts(model, processor, texts: Iterable[str], batch_size: int = 256) -> Iterator[Tensor]:
+def stream_texts(
+    model, processor, texts: Iterable[str], batch_size: int = 256, normalize: bool = True
+) -> Iterator[Tensor]:
     """As `encode_texts`, a batch at a time."""
     # SigLIP was trained on texts padded to its context, without a mask.
     padding = "max_length" if model.config.text_config.model_type.startswith("siglip") else True
@@ -51,7 +55,7 @@ def stream_texts(model, processor, texts: Iterable[str], batch_size: int = 256) 
         known = ("input_ids", "attention_mask")
         return model.get_text_features(**{name: tokens[name].to(model.device) for name in known if name in tokens})
 
-    yield from _encode(model, prepare, encode, texts, batch_size)
+    yield from _encode(model, prepare, encode, texts, batch_size, normalize)
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -62,7 +66,7 @@ def on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _encode(model, prepare, encode, inputs: Iterable, batch_size: int) -> Iterator[Tensor]:
+def _encode(model, prepare, encode, inputs: Iterable, batch_size: int, normalize: bool) -> Iterator[Tensor]:
     was_training = model.training
     model.eval()
     batches = _batches(inputs, batch_size)
@@ -75,8 +79,8 @@ def _encode(model, prepare, encode, inputs: Iterable, batch_size: int) -> Iterat
                 with torch.inference_mode():
                     output = encode(ready)
                     embed = output if isinstance(output, Tensor) else output.pooler_output
-                    embed = torch.nn.functional.normalize(embed.float(), dim=-1).cpu()
-                yield embed
+                    embed = torch.nn.functional.normalize(embed.float(), dim=-1) if normalize else embed.float()
+                yield embed.cpu()
     finally:
         model.train(was_training)
 
