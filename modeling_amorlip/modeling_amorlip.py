@@ -66,6 +66,17 @@ class AmorLIPPreTrainedModel(PreTrainedModel):
     # Half precision holds a logit scale to one per cent only, and the heads are tiny: both stay in float32.
     _keep_in_fp32_modules_strict = ["amortizer", "logit_scale", "logit_bias"]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the encoders; parameters that stay in float32 do not count."""
+        return next(p.dtype for name, p in self.named_parameters() if "_model." in name and p.is_floating_point())
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # As Transformers' own do, ours initialise only what no checkpoint has filled. In custom code, which it does not
+        # expect that of, Transformers leaves out modules without parameters of their own, such as attention layers.
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Leaves come before the module that holds them: first every linear layer (the heads keep this, PyTorch's own
@@ -300,8 +311,12 @@ class AmorLIPVisionModelWithProjection(AmorLIPPreTrainedModel):
     def forward(self, pixel_values: Tensor, **kwargs) -> CLIPVisionModelOutput:
         """[I, channels, height, width] -> `image_embeds` [I, d], not normalised, with the encoder's output."""
         outputs = encode_images(self.vision_model, self.config.vision_pooling, pixel_values, **kwargs)
-        image_embeds = self.visual_projection(outputs.pop("pooler_output"))
-        return CLIPVisionModelOutput(image_embeds=image_embeds, **outputs)
+        return CLIPVisionModelOutput(
+            image_embeds=self.visual_projection(outputs.pooler_output),
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 class AmorLIPTextModelWithProjection(AmorLIPPreTrainedModel):
@@ -320,8 +335,12 @@ class AmorLIPTextModelWithProjection(AmorLIPPreTrainedModel):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> CLIPTextModelOutput:
         """[T, length] twice -> `text_embeds` [T, d], not normalised, with the encoder's output."""
         outputs = encode_texts(self.text_model, self.config.text_pooling, input_ids, attention_mask, **kwargs)
-        text_embeds = self.text_projection(outputs.pop("pooler_output"))
-        return CLIPTextModelOutput(text_embeds=text_embeds, **outputs)
+        return CLIPTextModelOutput(
+            text_embeds=self.text_projection(outputs.pooler_output),
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 class AmorLIPForImageClassification(AmorLIPPreTrainedModel):
