@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, CLIPImageProcessor, CLIPProcessor
@@ -204,19 +205,20 @@ def load_tensors(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no checkpoint, or holds more than tensors, numbers and texts.
     """
-    if path.suffix == ".safetensors":
-        return load_file(path)
     # Learning rates of a cosine schedule are often saved as NumPy numbers, which are data too.
     scalar = np._core.multiarray.scalar
     numbers = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType]
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         with torch.serialization.safe_globals(numbers):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is refused: it is no file of tensors, or holds code that would run on loading. Take weights as "
-            f"safetensors, or a state_dict saved by torch.save alone. ({str(error).splitlines()[0]})"
-        ) from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        if found := re.search(r"GLOBAL (\S+)|TorchScript", str(error)):
+            reason = f"it holds code that would run on loading ({found[1] or found[0]})"
+        else:
+            reason = "it is no file of tensors that could be read"
+        raise ValueError(f"{path} is refused: {reason}. Take safetensors, or a bare state_dict.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; a dictionary of tensors is needed.")
     return content

@@ -22,6 +22,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .configuration_amorlip import AmorLIPResNetConfig
 
 
+class AmorLIPResNetLastNorm(nn.BatchNorm2d):
+    """The last normalisation of a block, whose gain starts at 0: blocks begin as the identity."""
+
+
 class AmorLIPResNetBlock(nn.Module):
     """A bottleneck: [N, in_channels, H, W] -> [N, 4 channels, H / stride, W / stride]."""
 
@@ -33,7 +37,7 @@ class AmorLIPResNetBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * channels)
+        self.bn3 = AmorLIPResNetLastNorm(4 * channels)
         self.downsample = None
         if stride > 1 or in_channels != 4 * channels:
             self.downsample = nn.Sequential(
@@ -168,19 +172,19 @@ class AmorLIPResNetModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # As CLIP: PyTorch's defaults, but for blocks that begin as the identity and for the pool.
+        # As CLIP: PyTorch's defaults, but for the blocks' last gains and for the pool.
         if isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=5**0.5)
         elif isinstance(module, nn.Linear):
             bound = module.in_features**-0.5
             init.normal_(module.weight, std=bound)
             init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, AmorLIPResNetBlock):
-            init.zeros_(module.bn3.weight)
         elif isinstance(module, AmorLIPResNetAttentionPool):
             init.normal_(module.positional_embedding, std=module.positional_embedding.shape[1] ** -0.5)
         else:
             super()._init_weights(module)
+            if isinstance(module, AmorLIPResNetLastNorm):
+                init.zeros_(module.weight)
 
 
 __all__ = ["AmorLIPResNetModel"]
