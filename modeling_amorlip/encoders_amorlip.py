@@ -39,10 +39,11 @@ ENCODERS = {
 def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
     """The `"vision"` or `"text"` encoder of a model with fresh weights, in the default dtype."""
     config, pooling = getattr(config, f"{side}_config"), getattr(config, f"{side}_pooling")
-    # The dtype is named, since the configuration may remember another one from the checkpoint that it came with.
+    if config.dtype is not None:  # remembered from a checkpoint that the configuration came with
+        config.dtype = torch.get_default_dtype()
     model_class = _encoder_class(config)
     build = getattr(model_class, "_from_config", None) or model_class.from_config  # the latter is an Auto class's
-    encoder = build(config, dtype=torch.get_default_dtype())
+    encoder = build(config)
     pooler = getattr(encoder, "pooler", None)
     if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
         encoder.pooler = None  # weights that no gradient would reach
