@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,21 +17,36 @@ def encode_images(
 ) -> Tensor:
     """Unit-norm image embeddings [I, d], float32, on the CPU. A batch is made ready while the one before is encoded."""
 
-    ready = processor.image_processor
-
     def prepare(batch):
-        images = [on_white(image) for image in batch]
-        if not (ready.do_rescale and ready.do_normalize):
-            return ready(images, return_tensors="pt")["pixel_values"]
-        # The processor would scale image by image; a whole batch at once takes a third of the time.
-        pixels = ready(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (ready.image_mean, ready.image_std))
-        return pixels.float().mul_(ready.rescale_factor).sub_(mean).div_(std)
+        return pixels_for(processor.image_processor, batch)
 
     def encode(pixels):
         return model.get_image_features(pixel_values=pixels.to(model.device, model.dtype, non_blocking=True))
 
     return torch.cat(list(_encode(model, prepare, encode, images, batch_size, normalize)))
+
+
+def pixels_for(image_processor, images: list[Image.Image]) -> Tensor:
+    """What an image processor makes of images, float32 [N, 3, H, W]; sooner than it would itself."""
+    images = [on_white(image) for image in images]
+    if not (image_processor.do_rescale and image_processor.do_normalize):
+        return image_processor(images, return_tensors="pt")["pixel_values"]
+    # It would scale image by image, and resize to the size that they have already: five times the work.
+    if all(_has_final_size(image, image_processor) for image in images):
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    else:
+        pixels = image_processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+    factor = image_processor.rescale_factor
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (image_processor.image_mean, image_processor.image_std))
+    return pixels.sub(mean / factor).mul_(factor / std)
+
+
+def _has_final_size(image: Image.Image, image_processor) -> bool:
+    """Whether an image processor would leave an RGB image's pixels as they are."""
+    resized = dict(image_processor.size) if image_processor.do_resize else {}
+    cropped = dict(image_processor.crop_size) if getattr(image_processor, "do_center_crop", False) else {}
+    known = {"shortest_edge": min(image.size), "height": image.height, "width": image.width}
+    return all(known.get(name) == value for name, value in [*resized.items(), *cropped.items()])
 
 
 def encode_texts(model, processor, texts: Iterable[str], batch_size: int = 256, normalize: bool = True) -> Tensor:

@@ -19,6 +19,7 @@ from .errors import UserError
 from .metrics.jaccard import jaccard
 from .pixel_baseline import pixel_baseline_accuracy
 from .plots import contact_sheet
+from .probes import PROBES
 from .reading import TaskData, find_data
 from .retrieval import choose, hits_at, retrieval_metrics, winogavil_prompt
 from .tasks import ROOT, Task
@@ -59,6 +60,7 @@ def evaluate_task(
     share: Share | None = None,
     sheet: Path | None = None,
     resamples: int = RESAMPLES,
+    probes: tuple[str, ...] = (),
 ) -> dict:
     """A task's entry in the results.
 
@@ -67,6 +69,7 @@ def evaluate_task(
         share: this process's part of the samples; results are the same in all processes.
         sheet: where to draw 24 images with their best captions (classification).
         resamples: bootstrap resamples behind the main metric's 95 % confidence interval; 0 leaves it out.
+        probes: of `PROBES`, fitted to the training split of a classification task, which has to be there.
 
     Raises:
         UserError: the data is missing or contradicts itself, or the model has no amortizer to score with.
@@ -76,6 +79,9 @@ def evaluate_task(
         raise UserError("--scoring amortized needs a model with amortizer heads; this one has none.")
     evaluator = {"classification": _classification, "retrieval": _retrieval, "winogavil": _winogavil}[task.kind]
     number, by_scoring = evaluator(model, processor, data, batch_size, scorings, share or Share(), sheet)
+    if probes and task.kind == "classification":
+        train = find_data(task, data_dir, "train")
+        by_scoring["cosine"][0].update(_probes(probes, model, processor, train, data, batch_size, share or Share()))
     results = {name: _with_interval(task, *scored, resamples) for name, scored in by_scoring.items()}
     wrong = data.missing_shards or (task.size is not None and number != task.size)
     lacks = f", {data.missing_shards} shards are missing" if data.missing_shards else ""
@@ -149,6 +155,17 @@ def _classification(model, processor, data: TaskData, batch_size, scorings, shar
     if sheet is not None and share.rank == 0:
         _draw(sheet, data, embeds, classifier, labels)
     return len(labels), results
+
+
+def _probes(
+    names, model, processor, train: TaskData, test: TaskData, batch_size: int, share: Share
+) -> dict[str, float]:
+    """{"knn_acc1": ..., ...}: accuracies of classifiers fitted to a training split."""
+    (labels, _, embeds), (truth, _, queries) = (
+        _encode(model, processor, data, batch_size, share) for data in (train, test)
+    )
+    labels, truth = torch.tensor(labels), torch.tensor(truth)
+    return {f"{name}_acc1": (PROBES[name](embeds, labels, queries) == truth).double().mean().item() for name in names}
 
 
 def _retrieval(model, processor, data: TaskData, batch_size, scorings, share: Share, sheet):

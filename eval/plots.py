@@ -70,6 +70,21 @@ def difference_bars(scores: dict[str, dict[str, float]], path: str | Path) -> No
     _save(figure, path)
 
 
+def score_bars(scores: list[tuple[str, float, list[float] | None, float | None]], path: str | Path) -> None:
+    """A run's scores as fractions, each (task, value, [low, high] or None, guess or None); guessing is a black mark."""
+    figure, axis = plt.subplots(figsize=(7, 1 + 0.24 * len(scores)))
+    for place, (_, value, interval, guess) in enumerate(scores):
+        bounds = [[100 * (value - interval[0])], [100 * (interval[1] - value)]] if interval else None
+        axis.barh(place, 100 * value, xerr=bounds, height=0.7, color="tab:blue", ecolor="gray")
+        if guess is not None:
+            axis.plot([100 * guess] * 2, [place - 0.35, place + 0.35], color="black")
+    axis.set_yticks(range(len(scores)), [name for name, *_ in scores], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("main metric, %")
+    axis.grid(alpha=0.3, axis="x")
+    _save(figure, path)
+
+
 def radar(scores: dict[str, dict[str, float]], path: str | Path) -> None:
     """Scores on axes around a circle, each axis from 0 to its best run."""
     names = list(next(iter(scores.values())))

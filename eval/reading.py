@@ -17,12 +17,15 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 from PIL import Image
 
 from .errors import UserError
 from .tasks import Task
 
 
+HUB = Path("hub")
+"""The `data_dir` that stands for repositories of the Hub."""
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 
 
@@ -50,6 +53,7 @@ class TaskData:
     classes: list[str] = field(default_factory=list)
     templates: list[str] = field(default_factory=list)
     shards: list[Path] = field(default_factory=list)
+    repository: str | None = None  # of the Hub, that shards are fetched from when it is their turn
     rows: datasets.Dataset | None = None
     missing_shards: int = 0
 
@@ -58,6 +62,8 @@ class TaskData:
 
     def _from_tars(self) -> Iterator[Sample]:
         for shard in self.shards:
+            if self.repository:
+                shard = Path(_from_hub(hf_hub_download, self.repository, filename=shard.as_posix()))
             for key, members in read_tar(shard):
                 image = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
                 if image is None:
@@ -71,10 +77,20 @@ class TaskData:
                 )
 
 
-def find_data(task: Task, data_dir: Path) -> TaskData:
-    """The task's data below `data_dir`; raises `UserError` where there is none, or it lacks its class names."""
+def find_data(task: Task, data_dir: Path, split: str | None = None) -> TaskData:
+    """The task's data below `data_dir`, or straight from the Hub if that is `HUB`.
+
+    Args:
+        split: of the data, else the one that the task is evaluated on.
+
+    Raises:
+        UserError: there is none, or it lacks its class names.
+    """
+    split = split or task.split
     if task.data:
-        return _through_datasets(task, data_dir)
+        return _through_datasets(task, data_dir, split)
+    if data_dir == HUB:
+        return _on_hub(task, split)
     names = [repository.split("/")[-1] for repository in task.repositories]
     folder = next((data_dir / name for name in names if (data_dir / name).is_dir()), None)
     if folder is None:
@@ -84,16 +100,47 @@ def find_data(task: Task, data_dir: Path) -> TaskData:
     if parquet := sorted(map(str, folder.rglob("*.parquet"))):
         rows = datasets.load_dataset("parquet", data_files=parquet, split="train")
         return TaskData(task, str(folder), rows=rows)
-    shards = sorted((folder / "test").glob("*.tar"), key=lambda path: (len(path.stem), path.stem))
+    return _from_shards(task, folder, split, list((folder / split).glob("*.tar")))
+
+
+def _from_shards(task: Task, folder: Path, split: str, shards: list[Path]) -> TaskData:
+    """Data in the WebDataset layout, whose text files lie in `folder`."""
     if not shards:
-        raise UserError(f"{task.name}: {folder} holds neither test/*.tar nor *.parquet.")
-    expected = folder / "test/nshards.txt"
+        raise UserError(f"{task.name}: {folder} holds neither {split}/*.tar nor *.parquet.")
+    expected = folder / split / "nshards.txt"
     number = int(expected.read_text()) if expected.is_file() else len(shards)
+    shards = sorted(shards, key=lambda path: (len(path.stem), path.stem))
     data = TaskData(task, str(folder), shards=shards, missing_shards=number - len(shards))
     if task.kind == "classification":
         data.classes = _lines(folder / "classnames.txt")
         data.templates = _lines(folder / "zeroshot_classification_templates.txt")
     return data
+
+
+def _on_hub(task: Task, split: str) -> TaskData:
+    """Data of the first repository that can be read; its shards are fetched one after the other, as they are needed."""
+    for repository in task.repositories:
+        try:
+            names = _from_hub(list_repo_files, repository)
+        except UserError as error:
+            trouble = error
+            continue
+        texts = [name for name in names if name.endswith(".txt") or name.endswith(".parquet")]
+        folder = Path(_from_hub(snapshot_download, repository, allow_patterns=texts))
+        if parquet := [str(folder / name) for name in names if name.endswith(".parquet")]:
+            return TaskData(task, repository, rows=datasets.load_dataset("parquet", data_files=parquet, split="train"))
+        shards = [Path(name) for name in names if name.startswith(f"{split}/") and name.endswith(".tar")]
+        data = _from_shards(task, folder, split, shards)
+        data.repository = repository
+        return data
+    raise trouble
+
+
+def _from_hub(call, repository: str, **options):
+    try:
+        return call(repository, repo_type="dataset", **options)
+    except Exception as error:  # the client raises many kinds
+        raise UserError(f"{repository} cannot be read from the Hub: {str(error).strip().splitlines()[0]}") from None
 
 
 def read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -121,7 +168,7 @@ def read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield key, members
 
 
-def _through_datasets(task: Task, data_dir: Path) -> TaskData:
+def _through_datasets(task: Task, data_dir: Path, split: str) -> TaskData:
     path = data_dir / task.data
     if path.suffix == ".parquet":
         if not path.is_file():
@@ -129,12 +176,15 @@ def _through_datasets(task: Task, data_dir: Path) -> TaskData:
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
     else:
         try:
-            rows = datasets.load_dataset(str(path) if path.exists() else task.data, split=task.split)
+            rows = datasets.load_dataset(str(path) if path.exists() else task.data, split=split)
         except Exception as error:  # `datasets` raises many kinds
             raise UserError(f"{task.name}: {task.data} cannot be loaded: {str(error).splitlines()[0]}") from None
-    if missing := [c for c in (task.image_column, task.label_column) if c not in rows.column_names]:
+    needed = (task.image_column, "caption" if task.kind == "retrieval" else task.label_column)
+    if missing := [c for c in needed if c not in rows.column_names]:
         raise UserError(f"{task.name}: there is no column {missing[0]}; there are {', '.join(rows.column_names)}.")
     data = TaskData(task, task.data, rows=rows)
+    if task.kind == "retrieval":
+        return data
     if task.texts:
         file = data_dir / task.texts
         if not file.is_file():

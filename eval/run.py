@@ -27,16 +27,18 @@ import torch  # noqa: E402
 
 from eval.errors import UserError  # noqa: E402
 from eval.evaluators import RESAMPLES, SCORINGS, Share, evaluate_task  # noqa: E402
+from eval.plots import score_bars  # noqa: E402
+from eval.probes import PROBES  # noqa: E402
 from eval.publish import publish  # noqa: E402
 from eval.tasks import ROOT, Task, aggregate, known_tasks, select_tasks  # noqa: E402
 
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
-def evaluate(model, processor, task: Task, sheet: Path | None = None) -> list[dict]:
+def evaluate(model, processor, task: Task, share: Share, sheet: Path | None = None) -> list[dict]:
     """A task's metrics while a model is trained: [{"task", "metric", "value" (a fraction), "num_samples"}, ...]."""
-    entry = evaluate_task(model, processor, task, sheet=sheet, resamples=0)
+    entry = evaluate_task(model, processor, task, share=share, sheet=sheet, resamples=0)
     return [
         {"task": task.name, "metric": name, "value": metric["value"], "num_samples": entry["num_samples"]}
         for name, metric in entry["metrics"].items()
@@ -81,6 +83,10 @@ def load_model(name: str):
 
     import modeling_amorlip  # noqa: F401  registers AmorLIP
 
+    if name.startswith("open_clip:"):
+        from eval.open_clip_models import load_open_clip
+
+        return load_open_clip(name.removeprefix("open_clip:"))
     if (name.startswith((".", "/")) or name.count("/") > 1) and not Path(name).is_dir():
         raise UserError(f"--model {name}: there is no such folder.")
     try:
@@ -101,7 +107,7 @@ def run_tasks(model, processor, tasks: list[Task], report: dict, arguments: argp
         try:
             entry = evaluate_task(
                 model, processor, task, arguments.data_dir, arguments.batch_size, tuple(arguments.scoring), share,
-                arguments.contact_sheet, arguments.bootstrap,
+                arguments.contact_sheet, arguments.bootstrap, tuple(arguments.probe),
             )  # fmt: skip
         except Exception as error:  # one task's trouble is not to cost the others
             # What the data lacks is missing; anything else failed. Every process comes to the same end.
@@ -134,13 +140,14 @@ def new_report(arguments: argparse.Namespace, model) -> dict:
         "code_version": _code_version(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "scoring": ["cosine", *(name for name in SCORINGS[1:] if name in arguments.scoring)],
+        "probes": sorted(arguments.probe),
         "tasks": {},
         "aggregates": {},
     }
     if arguments.output and arguments.output.is_file():
         try:
             before = json.loads(arguments.output.read_text(encoding="utf-8"))
-            same = all(before[key] == report[key] for key in ("schema_version", "model", "scoring"))
+            same = all(before[key] == report[key] for key in ("schema_version", "model", "scoring", "probes"))
         except (ValueError, KeyError, TypeError):
             same = False
         if not same:
@@ -152,7 +159,7 @@ def new_report(arguments: argparse.Namespace, model) -> dict:
 
 
 def write_report(report: dict, path: Path) -> None:
-    """The report as JSON, and its metrics as CSV beside it; either is there whole or as it was."""
+    """The report as JSON, and beside it its metrics as CSV and a plot; each is there whole or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.writing")
     aside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -168,6 +175,15 @@ def write_report(report: dict, path: Path) -> None:
                         [name, entry["status"], scoring, metric, value["value"], *interval, entry["num_samples"]]
                     )
     os.replace(aside, path.with_suffix(".csv"))
+    known, scores = known_tasks(), []
+    for name, entry in report["tasks"].items():
+        if metric := entry["metrics"].get(entry["main_metric"]):
+            scores.append(
+                (entry["title"], metric["value"], metric["ci95"], getattr(known.get(name), "random_score", None))
+            )
+    if scores:
+        score_bars(scores, aside.with_suffix(".png"))
+        os.replace(aside.with_suffix(".png"), path.with_suffix(".png"))
 
 
 def list_tasks() -> None:
@@ -216,12 +232,22 @@ def _code_version() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or Hub repository")
+    parser.add_argument(
+        "--model", help="folder or Hub repository; open_clip:NAME/TAG takes open_clip's where installed"
+    )
     parser.add_argument("--tasks", nargs="+", help="tasks or groups (see --list), or YAML files like eval/tasks.yaml")
     parser.add_argument("--list", action="store_true", help="list the tasks and stop")
     parser.add_argument("--download", nargs="+", metavar="TASK", help="fetch tasks' data into --data_dir and stop")
-    parser.add_argument("--data_dir", type=Path, default=ROOT, help="folder that the tasks' data is in")
-    parser.add_argument("--output", type=Path, help="JSON file to write, and a CSV file beside it")
+    parser.add_argument(
+        "--data_dir",
+        type=Path,
+        default=ROOT,
+        help="folder that the tasks' data is in; `hub` reads the Hub's, by shards",
+    )
+    parser.add_argument("--output", type=Path, help="JSON file to write, and a CSV file and a plot beside it")
+    parser.add_argument(
+        "--probe", nargs="+", choices=PROBES, default=[], help="classifiers to fit to image embeddings of train splits"
+    )
     parser.add_argument(
         "--scoring",
         nargs="+",

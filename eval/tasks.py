@@ -117,7 +117,7 @@ def aggregate(values: dict[str, float | None]) -> dict[str, dict]:
     aggregates, known = {}, known_tasks()
     for name, groups in AGGREGATES.items():
         if name == "flickr_coco":
-            members = [key for key, task in known.items() if task.kind == "retrieval"]
+            members = [k for k, task in known.items() if task.kind == "retrieval" and "datacomp" in task.groups]
         else:
             members = [key for key, task in known.items() if set(groups) & set(task.groups)]
         if not set(members) & set(values):

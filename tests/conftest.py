@@ -6,15 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
-import pytest
-import torch
-import yaml
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the client is imported, which reads it then
+
+import datasets  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import yaml  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo_data/emoji"
-os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(2)
 
 TINY = {

@@ -250,7 +250,7 @@ def _entry(name: str, data: bytes) -> dict:
 
 
 ID = r"(?P<id>[^/]+/[^/]+)"
-API = rf"/api/models/{ID}"
+API = rf"/api/(?:models|datasets)/{ID}"  # one namespace for both
 ROUTES = [
     (r"/api/whoami-v2", Handler._whoami),
     (r"/api/repos/create", Handler._create),
@@ -261,7 +261,7 @@ ROUTES = [
     (rf"{API}/branch/(?P<rev>.+)", Handler._branch),
     (rf"{API}/preupload/(?P<rev>.+)", Handler._preupload),
     (rf"{API}/commit/(?P<rev>.+)", Handler._commit),
-    (rf"/{ID}\.git/info/lfs/objects/batch", Handler._lfs_batch),
+    (rf"/(?:datasets/)?{ID}\.git/info/lfs/objects/batch", Handler._lfs_batch),
     (r"/lfs/(?P<oid>[0-9a-f]+)", Handler._lfs_put),
-    (rf"/{ID}/resolve/(?P<rev>[^/]+)/(?P<path>.+)", Handler._resolve),
+    (rf"/(?:datasets/)?{ID}/resolve/(?P<rev>[^/]+)/(?P<path>.+)", Handler._resolve),
 ]

@@ -3,8 +3,9 @@
 import json
 import time
 
+import datasets
 import pytest
-from conftest import run
+from conftest import DEMO, run
 from PIL import Image
 
 
@@ -27,6 +28,11 @@ def test_trains_evaluates_and_draws(short):
         assert Image.open(folder / picture).size[0] > 400
     results = json.loads((folder / "eval.jsonl").read_text())["results"]
     assert {r["metric"] for r in results} >= {"acc1", "acc5", "text_retrieval_recall@1", "image_retrieval_recall@10"}
+
+
+def test_the_data_card_says_how_to_load_it():
+    for name, split, rows in ((None, "train", 5118), ("openmoji", "test", 1630)):
+        assert len(datasets.load_dataset(str(DEMO), name, split=split)) == rows
 
 
 def test_two_processes(short, tmp_path):

@@ -2,16 +2,23 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import evaluate
 import numpy as np
 import pytest
+import sklearn.datasets
+import sklearn.linear_model
 import sklearn.metrics
+import sklearn.neighbors
 import torch
 from conftest import DEMO, ROOT, pretrain, run
 from PIL import Image
+from transformers import CLIPImageProcessor, SiglipImageProcessor
 
+from eval.encode import pixels_for
 from eval.pixel_baseline import pixel_baseline_accuracy
+from eval.probes import knn, linear_probe
 from eval.retrieval import hits_at, retrieval_metrics
 from eval.zero_shot import build_classifier, classification_metrics
 
@@ -90,6 +97,71 @@ def test_prompt_ensemble_is_the_normalised_mean_of_normalised_embeddings(monkeyp
     monkeypatch.setattr("eval.zero_shot.stream_texts", stream_texts)
     classifier = build_classifier(None, None, ["a", "b"], ["{}", "the {c}"])
     torch.testing.assert_close(classifier, torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, 1.0]]))
+
+
+def test_a_thousand_classes_by_eighty_templates_stream():
+    """Prompts are made when they are encoded, so that at most two batches of 80,000 are there at a time."""
+    made = encoded = most = 0
+
+    class Template(str):
+        def replace(self, old, new):
+            nonlocal made, most
+            made += old == "{c}"
+            most = max(most, made - encoded)
+            return str.replace(self, old, new)
+
+    class Model(torch.nn.Module):
+        config = SimpleNamespace(model_type="any", text_config=SimpleNamespace(max_position_embeddings=8))
+        device = torch.device("cpu")
+
+        def get_text_features(self, input_ids):
+            nonlocal encoded
+            encoded += len(input_ids)
+            return torch.nn.functional.one_hot(input_ids[:, 0] % 16, 16).float()
+
+    processor = SimpleNamespace(
+        tokenizer=lambda batch, **_: {"input_ids": torch.tensor([[int(p.split()[0])] for p in batch])}
+    )
+    classes = [str(i) for i in range(1000)]
+    classifier = build_classifier(Model(), processor, classes, [Template(f"{{c}} in {t}") for t in range(80)], 256)
+    assert encoded == made == 80_000 and most <= 3 * 256
+    assert torch.equal(classifier, torch.nn.functional.one_hot(torch.arange(1000) % 16, 16).float())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "L", "RGBA"])
+@pytest.mark.parametrize("size", [(32, 32), (40, 33)])
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_pixels_are_the_image_processors(demo_rows, mode, size, kind):
+    shape = {"height": 32, "width": 32}
+    options = {"size": {"shortest_edge": 32}, "crop_size": shape} if kind == "clip" else {"size": shape}
+    processor = {"clip": CLIPImageProcessor, "siglip": SiglipImageProcessor}[kind](**options)
+    images = [demo_rows[i]["image"].convert("RGBA").resize(size) for i in range(5)]
+    images = [image if mode == "RGBA" else image.convert("RGB").convert(mode) for image in images]
+    white = [Image.new("RGBA", size, "white") for _ in images]
+    plain = [
+        Image.alpha_composite(w, i).convert("RGB") if mode == "RGBA" else i.convert("RGB")
+        for w, i in zip(white, images, strict=True)
+    ]
+    expected = processor(plain, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels_for(processor, images), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_probes_equal_scikit_learns():
+    images, labels = sklearn.datasets.load_digits(return_X_y=True)
+    x = torch.nn.functional.normalize(torch.tensor(images, dtype=torch.float32), dim=-1)
+    y = torch.tensor(labels)
+    train, test = slice(0, 1200), slice(1200, None)
+    neighbours = sklearn.neighbors.KNeighborsClassifier(
+        20, weights=lambda d: np.exp((1 - d**2 / 2) / 0.07), algorithm="brute"
+    ).fit(x[train], y[train])
+    agreement = (knn(x[train], y[train], x[test], 100).numpy() == neighbours.predict(x[test])).mean()
+    assert agreement > 0.995  # equal but for ties
+    ours = (linear_probe(x[train], y[train], x[test]) == y[test]).double().mean().item()
+    accuracies = [
+        sklearn.linear_model.LogisticRegression(C=c, max_iter=2000).fit(x[train], y[train]).score(x[test], y[test])
+        for c in (0.01, 1, 100)
+    ]
+    assert ours >= max(accuracies) - 0.01 > 0.85
 
 
 def test_pixel_baseline_counts_right_neighbours():

@@ -12,6 +12,7 @@ import torch
 import yaml
 from conftest import ROOT, pretrain, run
 from hub_server import Hub
+from test_tasks import write_classification
 from transformers import AutoModel, AutoProcessor
 
 import modeling_amorlip  # noqa: F401
@@ -45,7 +46,8 @@ def trained(recipe_factory, tmp_path_factory):
 def environment(hub, folder, token="hf_good", **more):
     settings = {
         "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": token, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "PYTHONPATH": "", **more,
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "PYTHONPATH": "",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()), **more,  # sums are equal with equal numbers of threads
     }  # fmt: skip
     return {**os.environ, **settings}
 
@@ -167,6 +169,36 @@ def test_a_server_that_dies_leaves_nothing_half_published(hub, trained, tmp_path
     hub.uploads_until_death = None
     assert publish(hub, trained, tmp_path).returncode == 0
     assert "model.safetensors" in hub.repositories[REPO].at("main")[1]
+
+
+def test_tasks_are_read_straight_from_the_hub(hub, trained, demo_rows, tmp_path):
+    data = tmp_path / "wds_pets"
+    pictures = [row["image"] for row in demo_rows.select(range(10))]
+    write_classification(data, pictures, [i % 3 for i in range(10)], ["heart", "star", "cat"])
+    upload = (
+        "import sys, huggingface_hub as h; api = h.HfApi(); api.create_repo('user/wds_pets', repo_type='dataset')\n"
+    )
+    upload += "api.upload_folder(repo_id='user/wds_pets', repo_type='dataset', folder_path=sys.argv[1])\n"
+    upload += "h.DatasetCard.load('demo_data/emoji/README.md').validate()"
+    env = environment(hub, tmp_path / "uploader")
+    subprocess.run([sys.executable, "-c", upload, data], cwd=ROOT, env=env, check=True, capture_output=True)
+    task = tmp_path / "task.yaml"
+    task.write_text("pets: {repositories: [user/absent, user/wds_pets], size: 10}")
+    reports = []
+    for folder in ("hub", tmp_path):
+        output = tmp_path / f"{len(reports)}.json"
+        command = ["--tasks", task, "--data_dir", folder, "--output", output]
+        command = [sys.executable, "eval/run.py", "--model", trained[0], *command]
+        env = environment(hub, tmp_path / "reader")
+        result = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr + result.stdout
+        reports.append(json.loads(output.read_text())["tasks"]["pets"])
+    assert reports[0] == reports[1] and reports[0]["status"] == "complete"
+    task.write_text("pets: {repositories: [user/absent]}")
+    command[command.index("--data_dir") + 1] = "hub"
+    command[-1] = tmp_path / "absent.json"
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 1 and "user/absent cannot be read from the Hub" in result.stdout
 
 
 def test_cards_without_a_hub(trained, tmp_path):

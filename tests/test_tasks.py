@@ -15,6 +15,7 @@ from conftest import pretrain, run
 from PIL import Image
 
 from eval.encode import encode_images, encode_texts
+from eval.probes import knn
 from eval.run import load_model
 from eval.tasks import aggregate, known_tasks, select_tasks
 
@@ -112,7 +113,7 @@ def test_every_task_of_datacomp_runs_on_its_layout(trained, pictures, tmp_path):
     )
     assert result.returncode == 0, result.stderr + result.stdout
     report = json.loads(output.read_text())
-    assert report["schema_version"] == 2 and len(report["tasks"]) == 38
+    assert report["schema_version"] == 3 and len(report["tasks"]) == 38
     for task in tasks:
         entry = report["tasks"][task.name]
         assert entry["status"] == "partial" and f"instead of {task.size}" in entry["reason"]
@@ -123,6 +124,7 @@ def test_every_task_of_datacomp_runs_on_its_layout(trained, pictures, tmp_path):
     assert not report["aggregates"]["datacomp_38"]["complete"]
     assert report["aggregates"]["datacomp_38"]["value"] is None and "incomplete" in result.stdout
     assert output.with_suffix(".csv").read_text().startswith("task,status,scoring,metric,value")
+    assert Image.open(output.with_suffix(".png")).height > 500  # 38 bars
 
 
 def test_aggregates_are_means_and_say_what_is_missing():
@@ -241,6 +243,33 @@ def test_an_evaluation_goes_on_and_a_bad_task_costs_no_other(trained, digits, tm
     assert entry["status"] == "partial" and "1 shards are missing" in entry["reason"] and entry["num_samples"] == 150
     other = run(*command[:-1], "0", "--scoring", "gallery")
     assert other.returncode == 1 and "something else than results of this model" in other.stderr
+
+
+def test_probes_are_fitted_to_the_training_split(trained, digits, tmp_path):
+    folder, images, labels, *_ = digits
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    options = ["--tasks", data / "tasks.yaml", "--data_dir", data, "--bootstrap", "0", "--probe", "knn", "linear"]
+    result = run("eval/run.py", "--model", trained, *options)
+    assert "holds neither train/*.tar" in result.stdout
+    shutil.copytree(data / "wds_digits/test", data / "wds_digits/train")
+    output = tmp_path / "results.json"
+    result = run("eval/run.py", "--model", trained, *options, "--output", output)
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads(output.read_text())["tasks"]["digits"]["metrics"]
+    model, processor = load_model(str(trained))
+    x, y = encode_images(model, processor, images), torch.from_numpy(labels)
+    assert metrics["knn_acc1"]["value"] == (knn(x, y, x) == y).double().mean().item()
+    assert metrics["linear_acc1"]["value"] > 0.5 > metrics["acc1"]["value"]
+
+
+def test_retrieval_of_ones_own(trained, demo_rows, tmp_path):
+    demo_rows.select(range(20)).select_columns(["image", "caption"]).to_parquet(tmp_path / "mine.parquet")
+    task = "mine: {data: mine.parquet, kind: retrieval, main_metric: mean_recall@1, size: 20}"
+    (tmp_path / "task.yaml").write_text(task)
+    options = ["--tasks", tmp_path / "task.yaml", "--data_dir", tmp_path, "--output", tmp_path / "r.json"]
+    result = run("eval/run.py", "--model", trained, *options)
+    assert result.returncode == 0 and "mean_recall@1" in result.stdout, result.stderr + result.stdout
 
 
 def test_any_labelled_data_set_and_any_dual_encoder(digits, trained, pictures, tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, pretrain, with_threads
@@ -15,10 +16,14 @@ from transformers import AutoModel, AutoProcessor
 
 import modeling_amorlip  # noqa: F401
 from training.arguments import Augmentation, PretrainArguments, parse_arguments
-from training.data import PairSampler, augment
+from training.data import PairSampler
+from training.decoding import augment
 
 
-def read_metrics(folder, drop=("samples_per_second",)):
+TIMES = ("samples_per_second", "step_time", "data_wait", "tflops_per_second", "mfu")
+
+
+def read_metrics(folder, drop=TIMES):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in drop} for line in lines]
 
@@ -182,9 +187,8 @@ def write_rows(demo_rows, path, change):
     "case, message",
     [
         ("empty", "has no rows"),
-        ("empty caption", "Row 3 of"),
+        ("no caption", "pairs could not be used (ValueError"),
         ("caption not text", "every caption must be text"),
-        ("corrupt image", "Row 7 of"),
         ("empty folder", "is an empty folder"),
     ],
 )
@@ -200,12 +204,8 @@ def test_bad_data_ends_in_one_clear_message(recipe, demo_rows, tmp_path, case, m
         path.mkdir()
     else:
         changes = {
-            "empty caption": lambda i, row: {**row, "caption": " " if i == 3 else row["caption"]},
+            "no caption": lambda i, row: {**row, "caption": " ", "captions": []},
             "caption not text": lambda i, row: {**row, "caption": i},
-            "corrupt image": lambda i, row: {
-                **row,
-                "image": {"bytes": row["image"]["bytes"][:60]} if i == 7 else row["image"],
-            },
         }
         write_rows(raw, path, changes[case])
     result = pretrain(recipe(train_data=str(path), dataloader_num_workers=1))
@@ -224,15 +224,19 @@ def test_an_existing_run_is_not_overwritten(recipe, tmp_path):
 
 def test_sampler_sees_every_pair_once_and_keeps_groups_apart():
     groups = [i // 3 for i in range(300)]
-    shares = [PairSampler(300, 10, 2, rank, seed=1, groups=groups) for rank in range(2)]
-    batches = shares[0].batches(0)
+
+    def order(epoch):
+        return np.random.default_rng(epoch).permutation(300)
+
+    shares = [PairSampler(order, 300, 10, 2, rank, groups) for rank in range(2)]
+    batches = list(shares[0].batches(0))
     assert sorted(sum(batches, [])) == list(range(300))
     repeated = sum(len(batch) - len({groups[i] for i in batch}) for batch in batches)
     assert repeated <= 6, "only the last batches may have to repeat a group"
     first = [next(iter(share)) for share in shares]
     assert [index for _, index in first[0] + first[1]] == batches[0]
-    assert shares[0].batches(1) != batches
-    resumed = PairSampler(300, 10, 2, 0, seed=1, groups=groups, start_step=17)
+    assert list(shares[0].batches(1)) != batches
+    resumed = PairSampler(order, 300, 10, 2, 0, groups, start_step=17)
     iterator = iter(shares[0])
     assert [next(iterator) for _ in range(20)][17:] == [
         batch for batch, _ in zip(iter(resumed), range(3), strict=False)

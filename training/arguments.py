@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import textwrap
 import types
 import typing
 from dataclasses import dataclass, field
@@ -66,20 +67,33 @@ class PretrainArguments:
     keep_every: int = _field(0, "steps whose multiples' checkpoints are kept for good; 0 keeps the last only")
     log_every: int = _field(10, "steps between lines of metrics.jsonl")
     eval_every: int = _field(0, "steps between evaluations; 0 evaluates at the end only")
-    eval_tasks: list[str] = _field([], "tasks of eval/run.py to run on the model")
+    eval_tasks: list[str] = _field([], "tasks of eval/run.py to run; the best model by the first is kept in best/")
+    validation_samples: int = _field(0, "pairs left out of training, whose InfoNCE loss is part of evaluations")
     push_to_hub: str | None = _field(None, "repository USER/NAME that the finished model is published to")
     report_to: str = _field("none", "tracker for Accelerate's log_with: none, tensorboard, wandb, ...")
     # Data
-    train_data: str = _field("", "parquet, CSV or JSON file, image folder, saved data set or Hub name (required)")
+    train_data: str = _field(
+        "",
+        "WebDataset tars or parquet (folder, pattern with {000..123} or *, hf://datasets/OWNER/NAME/PATTERN), CSV, TSV "
+        "or JSON file, image folder, saved data set or Hub name; several divided by :: (required)",
+    )
+    train_data_weights: list[float] = _field([], "share of each source of train_data in an epoch; else by its size")
+    samples_per_epoch: int = _field(0, "pairs an epoch, drawn from sources gone through endlessly; 0: every pair once")
+    shuffle: Literal["samples", "shards", "none"] = _field("samples", "mix all pairs, shards and a buffer, or nothing")
+    shuffle_buffer: int = _field(10_000, "pairs that are mixed among each other, with shuffle shards")
     train_split: str = _field("train", "split of the data set")
     image_column: str = _field("image", "column of images")
     caption_column: str = _field("caption", "column of captions")
+    further_caption_columns: list[str] = _field([], "more columns of captions; one of all is drawn a time")
     alternative_captions_column: str | None = _field(None, "column of lists of captions, one of which is drawn a time")
     keywords_column: str | None = _field(None, "column of lists of keywords to mix into captions")
     keywords_probability: float = _field(0.5, "share of captions that get keywords, with keywords_column")
     group_column: str | None = _field(None, "column whose values should not meet in a batch (avoids false negatives)")
     augmentation: dict = _field({}, "random changes to images")
     dataloader_num_workers: int = _field(1, "processes that decode, for each training process")
+    max_image_pixels: int = _field(89_478_485, "images of more pixels are left out, undecoded")
+    max_bad_fraction: float = _field(0.01, "share of unusable pairs past which a run stops, once 1000 pairs were met")
+    pad_text_to_multiple: int = _field(1, "texts are padded to the batch's longest, rounded up to this; -1: to context")
     # Model
     model: str | None = _field(None, "folder or Hub name to continue from, with processor; else the model is fresh")
     vision_config: dict = _field({}, "image encoder, any Transformers configuration with its model_type")
@@ -89,6 +103,10 @@ class PretrainArguments:
     logit_scale_init_value: float | None = _field(None, "logarithm of the initial logit scale; else log(1 / 0.07)")
     logit_bias_init_value: float | None = _field(None, "initial logit bias; without it the model has none")
     tokenizer: str | None = _field(None, "name or folder; else one is trained on the captions")
+    freeze: list[str] = _field([], "vision or text: encoders that are not trained (LiT)")
+    patch_dropout: float = _field(0.0, "share of image patches left out in training, of encoders with a class token")
+    compile: bool = _field(False, "compile the encoders with torch.compile")
+    channels_last: bool = _field(False, "lay images out with channels last, faster for convolutions on GPUs")
     # Objective
     objective: str = _field("amorlip", "amorlip, clip, dcl, siglip, sogclr, fastclip or neuclip")
     objective_args: dict = _field({}, "settings of the objective, see its file")
@@ -109,6 +127,7 @@ class PretrainArguments:
     adam_epsilon: float = _field(1e-6, "AdamW's")
     warmup_steps: int = _field(0, "steps of linear warm-up before the cosine")
     max_grad_norm: float = _field(1.0, "norm that gradients are clipped to; 0 turns clipping off")
+    max_skipped_steps: int = _field(20, "steps with non-finite gradients in a row, which are skipped, that stop a run")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _field("auto", "auto is bf16 on a GPU that has it")
     gradient_checkpointing: bool = _field(False, "recompute activations in the backward pass to save memory")
 
@@ -129,10 +148,27 @@ class PretrainArguments:
                 raise UserError(f"{name} must be above 0, got {getattr(self, name)}.")
         if not 0 <= self.keywords_probability <= 1:
             raise UserError(f"keywords_probability must lie in 0 to 1, got {self.keywords_probability}.")
+        for name in ("samples_per_epoch", "validation_samples", "patch_dropout", "max_bad_fraction"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        for name in ("shuffle_buffer", "max_image_pixels", "max_skipped_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if any(weight <= 0 for weight in self.train_data_weights):
+            raise UserError(f"train_data_weights must be above 0, got {self.train_data_weights}.")
+        if unknown := set(self.freeze) - {"vision", "text"}:
+            raise UserError(f"freeze is {sorted(unknown)[0]!r}; choose vision or text.")
+        if self.patch_dropout >= 1 or self.max_bad_fraction > 1:
+            raise UserError("patch_dropout must lie below 1, and max_bad_fraction not above it.")
+        if self.pad_text_to_multiple < 1 and self.pad_text_to_multiple != -1:
+            raise UserError(f"pad_text_to_multiple must be -1 or at least 1, got {self.pad_text_to_multiple}.")
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(f"max_steps must be -1 (no limit) or at least 1, got {self.max_steps}.")
-        if self.eval_every and not self.eval_tasks:
-            raise UserError(f"eval_every is {self.eval_every} but eval_tasks is empty: name tasks or set it to 0.")
+        if self.eval_every and not (self.eval_tasks or self.validation_samples):
+            raise UserError(
+                f"eval_every is {self.eval_every} but eval_tasks is empty and validation_samples 0: "
+                "name tasks, hold out pairs, or set it to 0."
+            )
         if self.model and (self.vision_config or self.text_config):
             raise UserError("model and vision_config or text_config contradict each other: drop one.")
         if self.model and self.tokenizer:
@@ -239,11 +275,23 @@ def _convert(value: Any, hint: Any) -> Any:
     return value
 
 
+SECTIONS = {
+    "output_dir": "Output", "train_data": "Data", "model": "Model", "objective": "Objective", "seed": "Optimisation",
+}  # fmt: skip
+"""Headings of `--help`, each above the field it begins with."""
+
+
 def help_text() -> str:
-    """Every field with type, default and meaning."""
-    lines = [__doc__.strip(), "", "Fields:"]
+    """Every field with type, default and meaning, by section."""
+    lines = [__doc__.strip()]
     for cls, prefix in ((PretrainArguments, ""), (Augmentation, "augmentation.")):
+        if prefix:
+            lines += ["", cls.__doc__.strip()]
         for f in dataclasses.fields(cls):
+            if not prefix and f.name in SECTIONS:
+                lines += ["", f"{SECTIONS[f.name]}:"]
             default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-            lines.append(f"  --{prefix}{f.name} ({f.type}, default {default!r})\n        {f.metadata['help']}")
+            about = f"{f.metadata['help']} ({f.type}, default {default!r})"
+            lines.append(f"  --{prefix}{f.name}")
+            lines += textwrap.wrap(about, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)

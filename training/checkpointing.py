@@ -29,6 +29,8 @@ class TrainState:
     samples_seen: int = 0
     num_processes: int = 1
     global_batch_size: int = 0
+    skipped_steps: int = 0
+    best_value: float | None = None
 
 
 def save_checkpoint(

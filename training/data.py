@@ -1,109 +1,129 @@
-"""From any source of image-text pairs to batches, in an order and with augmentations that the seed alone decides.
+"""From a source of image-text pairs to batches, in an order and with augmentations that the seed alone decides.
 
-The path of a sample: `PairSampler` decides which indices form each global batch of an epoch and gives every process its
-share; `PairDataset` decodes one image, crops, resizes and augments it and draws one caption, with a generator seeded by
-(seed, epoch, index); `Collator` stacks images as uint8 and tokenizes captions, padded to the longest of the batch.
-Since nothing depends on what was drawn before, a run continues at any batch by starting the sampler there, and neither
-the number of workers nor that of processes changes a sample.
+The path of a sample: `EpochOrder` puts an epoch's pairs in order; `PairSampler` divides it into global batches and
+gives every process its share; `PairDataset` decodes one image, crops, resizes and augments it and draws one caption,
+with a generator seeded by (seed, epoch, index); `Collator` stacks images as uint8 and tokenizes captions, padded to the
+longest of the batch. Since nothing depends on what was drawn before, a run continues at any batch by starting the
+sampler there, and neither the number of workers nor that of processes changes a sample.
+
+A pair that cannot be used is listed, and another, drawn by the same seed, stands in for it, so that batches stay full.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import random
 from collections import deque
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
-import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageFilter, ImageOps
 from torch.utils.data import DataLoader, Sampler
 
-from eval.encode import on_white
 from eval.errors import UserError
 
-from .arguments import Augmentation, PretrainArguments
+from .arguments import PretrainArguments
+from .decoding import augment, open_image
+from .sources import Mixture
 
 
-def load_pairs(arguments: PretrainArguments) -> datasets.Dataset:
-    """Opens `train_data`, checks its columns and captions, and leaves images undecoded.
+LONGEST_CAPTION = 100_000
+MOST_SUBSTITUTES = 100
 
-    Raises:
-        UserError: nothing there, no rows, a missing column, or an unusable caption.
+
+class EpochOrder:
+    """epoch -> the indices of its pairs, in order: int array [len(self)].
+
+    `shuffle` "samples" mixes all pairs; "shards" puts whole shards in random order and mixes pairs within
+    `shuffle_buffer`, which reads files nearly from beginning to end; "none" leaves them as they lie. With
+    `samples_per_epoch` or weights each source is gone through again and again, and an epoch is that many pairs of it.
+
+    Args:
+        left_out: indices that never come.
     """
-    pairs = _open(arguments.train_data, arguments.train_split)
-    if len(pairs) == 0:
-        raise UserError(f"train_data {arguments.train_data} has no rows.")
-    fields = ("image_column", "caption_column", "alternative_captions_column", "keywords_column", "group_column")
-    for field in fields:
-        column = getattr(arguments, field)
-        if column is not None and column not in pairs.column_names:
-            raise UserError(f"{field} {column!r} is not in {arguments.train_data}; its columns: {pairs.column_names}.")
-    for row, caption in enumerate(pairs[arguments.caption_column]):
-        if not isinstance(caption, str) or not caption.strip():
-            raise UserError(
-                f"Row {row} of {arguments.train_data}: {arguments.caption_column} is {caption!r}; "
-                "every caption must be text that is not empty. Drop or mend the row."
+
+    def __init__(self, pairs: Mixture, arguments: PretrainArguments, left_out: np.ndarray | tuple = ()):
+        self.arguments, start = arguments, 0
+        self.sources = []  # of each source its shards, as ranges of indices
+        for part in pairs.parts:
+            ends = start + np.cumsum([0, *part.shard_sizes])
+            shards = [np.arange(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+            self.sources.append([np.setdiff1d(shard, left_out, assume_unique=True) for shard in shards])
+            start = int(ends[-1])
+        sizes = [sum(map(len, shards)) for shards in self.sources]
+        self.length, self.counts = sum(sizes), None
+        if arguments.samples_per_epoch or arguments.train_data_weights:
+            shares = np.array(arguments.train_data_weights or sizes, float)
+            cuts = np.cumsum(shares / shares.sum()) * (arguments.samples_per_epoch or self.length)
+            self.counts = np.diff(np.rint(cuts).astype(int), prepend=0)
+            self.length = int(self.counts.sum())
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        generator = np.random.default_rng([self.arguments.seed, epoch])
+        if self.counts is None:
+            return self._pass([shard for shards in self.sources for shard in shards], generator)
+        parts = []
+        for number, (shards, count) in enumerate(zip(self.sources, self.counts, strict=True)):
+            size = sum(map(len, shards))
+            first, skipped = divmod(epoch * int(count), size)
+            passes = range(first, first + -(-(skipped + int(count)) // size))
+            seeds = ([self.arguments.seed, 1 + number, p] for p in passes)
+            parts.append(
+                np.concatenate([self._pass(shards, np.random.default_rng(seed)) for seed in seeds] or [shards[0][:0]])[
+                    skipped : skipped + count
+                ]
             )
-    return pairs.cast_column(arguments.image_column, datasets.Image(decode=False))
+        order = np.concatenate(parts)
+        return order if self.arguments.shuffle == "none" else generator.permutation(order)
 
-
-def _open(source: str, split: str) -> datasets.Dataset:
-    path, options = Path(source), {"split": split}
-    builders = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
-    try:
-        if path.is_file():
-            if path.suffix not in builders:
-                raise UserError(f"train_data {source}: unknown kind of file; use one of {', '.join(builders)}.")
-            if path.suffix == ".tsv":
-                options["sep"] = "\t"
-            return datasets.load_dataset(builders[path.suffix], data_files={split: str(path)}, **options)
-        if path.is_dir() and (path / "dataset_info.json").exists():
-            return datasets.load_from_disk(source)
-        if path.is_dir():
-            if not any(path.iterdir()):
-                raise UserError(f"train_data {source} is an empty folder.")
-            return datasets.load_dataset(source, **options)
-        if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.suffix:
-            raise UserError(f"train_data {source}: there is no such file or folder.")
-        return datasets.load_dataset(source, **options)
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises many kinds; the user needs the source and the reason
-        if "corresponds to no data" in str(error):
-            raise UserError(f"train_data {source} has no rows.") from None
-        raise UserError(f"train_data {source} (split {split!r}) cannot be read: {error}") from None
+    def _pass(self, shards: list[np.ndarray], generator: np.random.Generator) -> np.ndarray:
+        if self.arguments.shuffle == "shards":
+            shards = [shards[i] for i in generator.permutation(len(shards))]
+        order = np.concatenate(shards)
+        if self.arguments.shuffle == "samples":
+            return generator.permutation(order)
+        if self.arguments.shuffle == "shards":
+            window = np.arange(len(order)) // self.arguments.shuffle_buffer
+            return order[np.argsort(window + generator.random(len(order)))]
+        return order
 
 
 class PairSampler(Sampler):
     """Yields this process's share of every global batch as lists of (epoch, index), endlessly from `start_step`.
 
-    An epoch visits every pair at most once, in an order of its own, and drops what does not fill a batch. Rows with an
-    equal `groups` value are kept out of each other's batches as far as that is possible.
+    An epoch drops what does not fill a batch. Pairs with an equal `groups` value are kept out of each other's batches
+    as far as that is possible.
+
+    Args:
+        order: epoch -> indices [length].
     """
 
-    def __init__(self, num_pairs, batch_size, num_processes, process_index, seed, groups=None, start_step=0):
-        self.num_pairs, self.batch_size, self.seed, self.groups = num_pairs, batch_size, seed, groups
+    def __init__(
+        self, order: Callable[[int], np.ndarray], length, batch_size, num_processes, process_index, groups=None,
+        start_step=0,
+    ):  # fmt: skip
+        self.order, self.batch_size, self.groups = order, batch_size, groups
         self.global_batch_size = batch_size * num_processes
         self.share = slice(process_index * batch_size, (process_index + 1) * batch_size)
-        self.steps_per_epoch = num_pairs // self.global_batch_size
+        self.steps_per_epoch = length // self.global_batch_size
         self.start_step = start_step
         if self.steps_per_epoch == 0:
             raise UserError(
-                f"{num_pairs} pairs do not fill one batch of {self.global_batch_size} "
+                f"{length} pairs do not fill one batch of {self.global_batch_size} "
                 f"({batch_size} x {num_processes} processes): lower per_device_train_batch_size."
             )
 
-    def batches(self, epoch: int) -> list[list[int]]:
+    def batches(self, epoch: int) -> Iterator[list[int]]:
         """The epoch's global batches."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_pairs).tolist()
-        size = self.global_batch_size
+        order, size = self.order(epoch), self.global_batch_size
         if self.groups is None:
-            return [order[i * size : (i + 1) * size] for i in range(self.steps_per_epoch)]
-        waiting, batches = deque(order), []
+            for i in range(self.steps_per_epoch):
+                yield order[i * size : (i + 1) * size].tolist()
+            return
+        waiting = deque(order.tolist())
         for _ in range(self.steps_per_epoch):
             batch, met, deferred = [], set(), []
             while waiting and len(batch) < size:
@@ -116,21 +136,21 @@ class PairSampler(Sampler):
             shortfall = size - len(batch)
             batch += deferred[:shortfall]
             waiting.extendleft(reversed(deferred[shortfall:]))
-            batches.append(batch)
-        return batches
+            yield batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, position = divmod(self.start_step, self.steps_per_epoch)
         while True:
-            for batch in self.batches(epoch)[position:]:
-                yield [(epoch, index) for index in batch[self.share]]
+            for i, batch in enumerate(self.batches(epoch)):
+                if i >= position:
+                    yield [(epoch, index) for index in batch[self.share]]
             epoch, position = epoch + 1, 0
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """(epoch, index) -> (image uint8 [3, size, size], caption, index), or the `UserError` that the sample caused."""
+    """(epoch, index) -> (image uint8 [3, size, size], caption, index, [pairs that could not be used])."""
 
-    def __init__(self, pairs: datasets.Dataset, arguments: PretrainArguments, image_size: int):
+    def __init__(self, pairs: Mixture, arguments: PretrainArguments, image_size: int):
         self.pairs, self.arguments, self.image_size = pairs, arguments, image_size
         self.augmentation = arguments.parsed_augmentation
 
@@ -139,24 +159,37 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
+        substitutes, bad = random.Random(f"{self.arguments.seed}/{epoch}/{index}/substitute"), []
+        for _ in range(MOST_SUBSTITUTES):
+            try:
+                pixels, caption = self._load(epoch, index)
+                return pixels, caption, index, bad
+            except Exception as error:  # files can be wrong in any way
+                name, file = self.pairs.where(index)
+                reason = " ".join(f"{error}".split()) or "damaged"
+                bad.append({"key": name, "shard": file, "cause": type(error).__name__, "reason": reason[:300]})
+                index = substitutes.randrange(len(self.pairs))
+        return torch.empty(0), "", index, bad  # so many in a row are past every limit
+
+    def _load(self, epoch: int, index: int) -> tuple[torch.Tensor, str]:
         generator = random.Random(f"{self.arguments.seed}/{epoch}/{index}")
         row = self.pairs[index]
-        try:
-            image = decode_image(row[self.arguments.image_column])
-        except Exception as error:  # Pillow raises many kinds
-            return UserError(
-                f"Row {index} of {self.arguments.train_data}: the image cannot be decoded ({error}). "
-                "Drop or mend the row."
-            )
+        image = open_image(row[self.arguments.image_column], self.arguments.max_image_pixels)
         image = augment(image, self.image_size, self.augmentation, generator)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return pixels, self._caption(row, generator), index
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), self._caption(row, generator)
 
     def _caption(self, row: dict, generator: random.Random) -> str:
         arguments = self.arguments
-        alternatives = row[arguments.alternative_captions_column] if arguments.alternative_captions_column else None
-        caption = generator.choice(alternatives) if alternatives else row[arguments.caption_column]
-        keywords = row[arguments.keywords_column] if arguments.keywords_column else None
+        alternatives = row.get(arguments.alternative_captions_column)
+        columns = [arguments.caption_column, *arguments.further_caption_columns]
+        caption = generator.choice(alternatives) if alternatives else row.get(
+            generator.choice(columns) if len(columns) > 1 else columns[0]
+        )  # fmt: skip
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError(f"the caption is {str(caption)[:50]!r}; it must be text that is not empty")
+        if len(caption) > LONGEST_CAPTION:
+            raise ValueError(f"the caption has {len(caption)} characters")
+        keywords = row.get(arguments.keywords_column)
         if keywords and generator.random() < arguments.keywords_probability:
             parts = [caption, *generator.sample(keywords, k=min(len(keywords), generator.randint(1, 3)))]
             generator.shuffle(parts)
@@ -164,107 +197,42 @@ class PairDataset(torch.utils.data.Dataset):
         return caption
 
 
-def decode_image(value: dict) -> Image.Image:
-    """An RGB image from `datasets`' {bytes, path}; transparency is laid on white.
-
-    Raises:
-        Exception: whatever Pillow raises for data that is not a whole image.
-    """
-    source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
-    with Image.open(source) as image:
-        return on_white(image)
-
-
-def augment(image: Image.Image, size: int, settings: Augmentation, generator: random.Random) -> Image.Image:
-    """Crop, resize (one bicubic resampling), move, mirror and recolour; returns an RGB image of size x size pixels."""
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=_crop_box(image.size, settings, generator))
-    zoom = math.exp(generator.uniform(*map(math.log, settings.zoom)))
-    angle = math.radians(generator.uniform(-settings.rotation, settings.rotation))
-    shift = [size * generator.uniform(-settings.translation, settings.translation) for _ in range(2)]
-    if (zoom, angle, *shift) != (1, 0, 0, 0):
-        # Output pixel (x, y) is read at centre + R (x, y - centre - shift) / zoom.
-        cos, sin, centre = math.cos(angle) / zoom, math.sin(angle) / zoom, size / 2
-        x, y = centre + shift[0], centre + shift[1]
-        matrix = (cos, -sin, centre - cos * x + sin * y, sin, cos, centre - sin * x - cos * y)
-        border = image.getpixel((0, 0))
-        image = image.transform(
-            (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=border
-        )
-    if generator.random() < settings.horizontal_flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if settings.color_jitter:
-        image = image.convert("RGB", _color_matrix(settings.color_jitter, generator))
-    if generator.random() < settings.restyle:
-        image = generator.choice(RESTYLES)(image)
-    return image
-
-
-RESTYLES = (
-    ImageOps.autocontrast,
-    ImageOps.equalize,
-    ImageOps.invert,
-    lambda image: ImageOps.posterize(image, 2),
-    lambda image: ImageOps.grayscale(image).convert("RGB"),
-    lambda image: image.filter(ImageFilter.BLUR),
-    lambda image: image.filter(ImageFilter.EDGE_ENHANCE_MORE),
-    lambda image: ImageChops.multiply(image, image.filter(ImageFilter.CONTOUR)),
-)
-"""Other ways to draw the same thing: tones, colours, sharpness and outlines."""
-
-
-def _crop_box(image_size, settings: Augmentation, generator: random.Random) -> tuple[float, float, float, float]:
-    """A box of random area and shape inside the image (Inception's RandomResizedCrop)."""
-    width, height = image_size
-    area = width * height * generator.uniform(*settings.crop_scale)
-    ratio = math.exp(generator.uniform(*map(math.log, settings.crop_ratio)))
-    w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
-    left, top = generator.uniform(0, width - w), generator.uniform(0, height - h)
-    return left, top, min(left + w, width), min(top + h, height)
-
-
-def _color_matrix(strength: float, generator: random.Random) -> tuple[float, ...]:
-    """Brightness, contrast about mid-grey and saturation as one 3 x 4 matrix on RGB."""
-    brightness, contrast, saturation = (generator.uniform(1 - strength, 1 + strength) for _ in range(3))
-    luma, gain = (0.299, 0.587, 0.114), brightness * contrast
-    offset = 128 * (1 - contrast)
-    matrix = []
-    for row in range(3):
-        matrix += [gain * ((1 - saturation) * luma[column] + saturation * (row == column)) for column in range(3)]
-        matrix.append(offset)
-    return tuple(matrix)
-
-
 class Collator:
     """Samples -> {pixel_values uint8 [N, 3, H, W], input_ids, attention_mask [N, longest], sample_ids [N]}.
 
-    Returns a sample's `UserError` instead, so that workers hand it on without a trace of frames.
+    `bad_samples` stands beside them, and nothing else when a pair could not even be replaced. Texts are padded to the
+    longest of the batch, rounded up to `multiple`, or to `max_length` when that is -1.
     """
 
-    def __init__(self, tokenizer, max_length: int):
-        self.tokenizer, self.max_length = tokenizer, max_length
+    def __init__(self, tokenizer, max_length: int, multiple: int = 1):
+        self.tokenizer, self.max_length, self.multiple = tokenizer, max_length, multiple
 
     def __call__(self, samples):
-        for sample in samples:
-            if isinstance(sample, UserError):
-                return sample
-        images, captions, indices = zip(*samples, strict=True)
-        text = self.tokenizer(
-            list(captions), padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
+        images, captions, indices, bad = zip(*samples, strict=True)
+        bad_samples = [entry for entries in bad for entry in entries]
+        if any(image.numel() == 0 for image in images):
+            return {"bad_samples": bad_samples}
+        text = self.tokenizer(list(captions), truncation=True, max_length=self.max_length)
+        longest = max(map(len, text["input_ids"]))
+        padded = self.max_length
+        if self.multiple > 0:
+            padded = min(math.ceil(longest / self.multiple) * self.multiple, self.max_length)
+        text = self.tokenizer.pad(text, padding="max_length", max_length=padded, return_tensors="pt")
         return {
             "pixel_values": torch.stack(images),
             "input_ids": text["input_ids"],
             "attention_mask": text["attention_mask"],
             "sample_ids": torch.tensor(indices),
+            "bad_samples": bad_samples,
         }
 
 
-def make_dataloader(pairs, arguments, image_size, tokenizer, max_length, sampler: PairSampler) -> DataLoader:
+def make_dataloader(pairs, arguments, image_size, collator: Collator, sampler: PairSampler) -> DataLoader:
     """Batches of this process from the sampler's start, decoded by `dataloader_num_workers` processes."""
     return DataLoader(
         PairDataset(pairs, arguments, image_size),
         batch_sampler=sampler,
-        collate_fn=Collator(tokenizer, max_length),
+        collate_fn=collator,
         num_workers=arguments.dataloader_num_workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if arguments.dataloader_num_workers else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -105,12 +106,27 @@ class PairEncoder(nn.Module):
     The amortizer stays outside: the objective fits it on detached embeddings with an optimiser of its own.
     """
 
-    def __init__(self, model: AmorLIPModel, image_mean: list[float], image_std: list[float]):
+    def __init__(
+        self, model: AmorLIPModel, image_mean: list[float], image_std: list[float], freeze: Iterable[str] = (),
+        patch_dropout: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
         self.model = model
         model.amortizer.requires_grad_(False)
+        self.frozen = [{"vision": model.vision_model, "text": model.text_model}[name] for name in freeze]
+        for encoder in self.frozen:
+            encoder.requires_grad_(False)
+        if patch_dropout:
+            _drop_patches(model.vision_model, patch_dropout)
         self.mean = nn.Buffer(255 * torch.tensor(image_mean).view(3, 1, 1), persistent=False)
         self.std = nn.Buffer(255 * torch.tensor(image_std).view(3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> PairEncoder:
+        """As any module's, but frozen encoders stay as they are in evaluation."""
+        super().train(mode)
+        for encoder in self.frozen:
+            encoder.eval()
+        return self
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor):
         """uint8 [N, 3, H, W], [N, length] twice -> (image_embeds, text_embeds [N, d], scale [], bias [] or None)."""
@@ -123,3 +139,27 @@ class PairEncoder(nn.Module):
             self.model.logit_scale.exp(),
             self.model.logit_bias,
         )
+
+
+def _drop_patches(vision_model: nn.Module, share: float) -> None:
+    """Leaves out a random share of patches, others for each image, in training (Li et al. 2023, FLIP).
+
+    Raises:
+        UserError: the encoder has no `embeddings` that put a class token before the patches.
+    """
+    vision_model = getattr(vision_model, "vision_model", vision_model)
+    embeddings = getattr(vision_model, "embeddings", None)
+    if not any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token")):
+        kind = type(vision_model).__name__
+        raise UserError(f"patch_dropout: a {kind} has no class token beside patches; set it to 0.")
+
+    def drop(module: nn.Module, inputs, embeds: Tensor) -> Tensor:
+        if not module.training:
+            return embeds
+        patches = embeds[:, 1:]
+        kept = max(1, round(patches.shape[1] * (1 - share)))
+        chosen = torch.rand(patches.shape[:2], device=embeds.device).topk(kept).indices
+        patches = patches.gather(1, chosen[:, :, None].expand(-1, -1, patches.shape[2]))
+        return torch.cat([embeds[:, :1], patches], dim=1)
+
+    embeddings.register_forward_hook(drop)

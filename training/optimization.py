@@ -25,6 +25,7 @@ def make_optimizer(model: nn.Module, arguments: PretrainArguments) -> torch.opti
         lr=arguments.learning_rate,
         betas=(arguments.adam_beta1, arguments.adam_beta2),
         eps=arguments.adam_epsilon,
+        fused=True,  # one kernel for all parameters, which can also skip a step without asking the host
     )
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
@@ -54,3 +55,38 @@ def settle_logit_scale(logit_scale: Tensor, before: Tensor, slow_above: float | 
         slowed = before + (logit_scale - before) / 3
         logit_scale.copy_(torch.where(before >= math.log(slow_above), slowed, logit_scale))
     logit_scale.clamp_(max=math.log(maximum))
+
+
+def skip_if_not_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tensor:
+    """Makes the fused optimiser's next step do nothing if the norm is not finite; returns whether, [] of 0 or 1."""
+    found = (~grad_norm.isfinite()).float()
+    optimizer.found_inf = found
+    return found
+
+
+def norms_by_group(model: nn.Module, before: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """l2 norms {"gradient/vision": [], "parameter/vision": [], "update/vision": [], ...} of both encoders and the rest.
+
+    Args:
+        before: parameters before the step, for the norm of the update.
+    """
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"vision": [], "text": [], "other": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            first = name.split(".")[0].removesuffix("_model")
+            groups[first if first in groups else "other"].append((name, parameter))
+    norms = {}
+    for group, named in groups.items():
+        if not named:
+            continue
+        if before is None:
+            norms[f"gradient/{group}"] = _norm([p.grad for _, p in named if p.grad is not None])
+        else:
+            norms[f"parameter/{group}"] = _norm([p for _, p in named])
+            norms[f"update/{group}"] = _norm([p - before[name] for name, p in named])
+    return norms
+
+
+@torch.no_grad()
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([tensor.float().norm() for tensor in tensors]).norm() if tensors else torch.zeros(())

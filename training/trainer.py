@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 from tqdm import tqdm
 
 from eval.errors import UserError
+from eval.evaluators import Share
 from eval.plots import training_curves
 from eval.publish import publish
 from eval.run import evaluate, print_table
 from eval.tasks import load_task
 
 from .arguments import PretrainArguments, build, unknown_name
-from .checkpointing import TrainState, find_checkpoint, load_checkpoint, lock_folder, save_checkpoint
-from .data import PairSampler, load_pairs, make_dataloader
+from .checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from .data import Collator, EpochOrder, PairSampler, make_dataloader
 from .gradient_cache import cached_backward
+from .guards import Guards
 from .interruption import Interruption
+from .logbook import Logbook, flat
 from .modeling import PairEncoder, build_model
 from .objectives import OBJECTIVES, ObjectiveOutput
-from .optimization import make_optimizer, set_learning_rates, settle_logit_scale
+from .optimization import make_optimizer, norms_by_group, set_learning_rates, settle_logit_scale, skip_if_not_finite
+from .sources import open_pairs
+from .throughput import FlopMeter
+from .validation import held_out, validation_loss
 
 
 RESUME = ["--resume_from_checkpoint", "latest"]
@@ -50,6 +52,7 @@ class Trainer:
     def __init__(self, arguments: PretrainArguments):
         self.arguments = arguments
         self.output_dir = Path(arguments.output_dir)
+        self.logbook = Logbook(self.output_dir)
         checkpoint = self._find_start()
         objective_class = OBJECTIVES.get(arguments.objective)
         if objective_class is None:
@@ -72,9 +75,9 @@ class Trainer:
         )
         set_seed(arguments.seed)
         with self.accelerator.main_process_first():  # one process converts the data, the others read its cache
-            pairs = load_pairs(arguments)
+            self.pairs = pairs = open_pairs(arguments)
         model, self.processor = build_model(
-            arguments, pairs[arguments.caption_column], self.output_dir if checkpoint is not None else None
+            arguments, pairs.captions(), self.output_dir if checkpoint is not None else None
         )
         if arguments.gradient_checkpointing:
             model.gradient_checkpointing_enable()
@@ -85,17 +88,20 @@ class Trainer:
                 "the batch, which changes the result. Leave micro_batch_size out, or choose encoders without it."
             )
         image_processor = self.processor.image_processor
-        image_size = image_processor.crop_size["height"]
+        self.image_size = image_size = image_processor.crop_size["height"]
         expected_size = getattr(model.config.vision_config, "image_size", image_size)
         if image_size != expected_size:
             raise UserError(
                 f"The processor of {arguments.model} makes images of {image_size} pixels, "
                 f"its vision_config.image_size is {expected_size}; make them equal."
             )
-        groups = pairs[arguments.group_column] if arguments.group_column else None
+        groups = pairs.column(arguments.group_column) if arguments.group_column else None
+        if arguments.validation_samples >= len(pairs):
+            raise UserError(f"validation_samples {arguments.validation_samples} are not below the {len(pairs)} pairs.")
+        order = EpochOrder(pairs, arguments, held_out(len(pairs), arguments.validation_samples))
         self.sampler = PairSampler(
-            len(pairs), arguments.per_device_train_batch_size, self.accelerator.num_processes,
-            self.accelerator.process_index, arguments.seed, groups,
+            order, len(order), arguments.per_device_train_batch_size, self.accelerator.num_processes,
+            self.accelerator.process_index, groups,
         )  # fmt: skip
         self.total_steps = arguments.num_train_epochs * self.sampler.steps_per_epoch
         if arguments.max_steps > 0:
@@ -105,12 +111,17 @@ class Trainer:
                 f"warmup_steps ({arguments.warmup_steps}) is not below the number of steps ({self.total_steps}): "
                 "lower it or train longer."
             )
-        self.dataloader = make_dataloader(
-            pairs, arguments, image_size, self.processor.tokenizer,
-            model.config.text_config.max_position_embeddings, self.sampler,
-        )  # fmt: skip
+        context = model.config.text_config.max_position_embeddings
+        self.collator = Collator(self.processor.tokenizer, context, arguments.pad_text_to_multiple)
+        self.dataloader = make_dataloader(pairs, arguments, image_size, self.collator, self.sampler)
 
-        encoder = PairEncoder(model, image_processor.image_mean, image_processor.image_std)
+        encoder = PairEncoder(
+            model, image_processor.image_mean, image_processor.image_std, arguments.freeze, arguments.patch_dropout
+        )
+        if arguments.channels_last:
+            encoder.to(memory_format=torch.channels_last)
+        if arguments.compile:
+            encoder.compile()
         optimizer = make_optimizer(encoder, arguments)
         self.encoder, self.optimizer = self.accelerator.prepare(encoder, optimizer)
         try:
@@ -125,7 +136,14 @@ class Trainer:
         if checkpoint is not None:
             self.state = load_checkpoint(self.accelerator, checkpoint, batch_size)
         self.sampler.start_step = self.state.step
+        self.guards = Guards(
+            arguments, self.logbook, self.accelerator.process_index, self.state.skipped_steps, self.accelerator.device
+        )
+        self.flops = FlopMeter(model, image_size, context, arguments.freeze, arguments.patch_dropout)
         self._announce(len(pairs), checkpoint, augmentation)
+        for part in pairs.parts:
+            for shard, damage in getattr(part, "damage", {}).items():
+                self.accelerator.print(f"Damaged     {shard}: {damage}; its whole pairs are used")
 
     def _find_start(self) -> Path | None:
         arguments = self.arguments
@@ -171,33 +189,66 @@ class Trainer:
             dynamic_ncols=True, mininterval=1,
         )  # fmt: skip
         batches = iter(self.dataloader)
-        self._interval_start = time.perf_counter()
+        self._begin_interval()
         while state.step < self.total_steps:
             epoch, step_in_epoch = divmod(state.step, self.sampler.steps_per_epoch)
             if step_in_epoch == 0:
                 self.objective.on_epoch_start(epoch, arguments.num_train_epochs)
-            batch = next(batches)
-            if isinstance(batch, UserError):
-                raise batch
             learning_rate = set_learning_rates(self.optimizer, state.step, self.total_steps, arguments.warmup_steps)
-            metrics = self.training_step(batch)
+            logs = (state.step + 1) % arguments.log_every == 0 or state.step + 1 == self.total_steps
+            try:
+                batch = self._next(batches)
+                metrics = self.training_step(batch, logs)
+            except Exception as error:
+                self._rescue(error)
+                raise
             state.step += 1
+            self._interval_steps += 1
             state.samples_seen += self.sampler.global_batch_size
             progress.update()
-            at_end, logs = state.step == self.total_steps, state.step % arguments.log_every == 0
-            if logs or at_end:
-                self._log(metrics, epoch, learning_rate, progress)
+            at_end = state.step == self.total_steps
+            if logs:
+                self._log(metrics, batch, epoch, learning_rate, progress)
             stops = interruption.wanted(waits_anyway=logs)
             if arguments.eval_every and state.step % arguments.eval_every == 0 and not (at_end or stops):
                 self._evaluate()
             if state.step % arguments.checkpoint_every == 0 or at_end or stops:
-                save_checkpoint(accelerator, self.output_dir, state, arguments.keep_last, arguments.keep_every)
+                self._save_checkpoint()
             if stops:
                 break
         progress.close()
 
-    def training_step(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """One optimiser step on this process's batch; returns detached scalars, still on the device."""
+    def _next(self, batches) -> dict[str, torch.Tensor]:
+        """The next batch, with its unusable pairs listed; raises `UserError` when data cannot be read on."""
+        start = time.perf_counter()
+        try:
+            batch = next(batches)
+        except (RuntimeError, OSError) as error:  # a worker was lost
+            raise UserError(
+                f"Data for step {self.state.step + 1} could not be read: {str(error).splitlines()[0]} "
+                "Go on with --resume_from_checkpoint latest."
+            ) from error
+        self.guards.list_bad_samples(batch, self.state.step + 1)
+        self._data_wait += time.perf_counter() - start
+        return batch
+
+    def _begin_interval(self) -> None:
+        """Starts the clock of the next logged line, which evaluation and checkpoints are not part of."""
+        self._interval_start, self._interval_steps, self._data_wait = time.perf_counter(), 0, 0.0
+
+    def _rescue(self, error: Exception) -> None:
+        """Saves the steps before one that failed; not with several processes, which may not meet any more."""
+        if self.accelerator.num_processes == 1 and self.state.step:
+            self.optimizer.zero_grad()
+            self._save_checkpoint()
+            print(f"Step {self.state.step + 1} failed ({type(error).__name__}); those before it are saved.")
+
+    def training_step(self, batch: dict[str, torch.Tensor], logs: bool = False) -> dict[str, torch.Tensor]:
+        """One optimiser step on this process's batch; returns detached scalars, still on the device.
+
+        A step with gradients that are not finite changes no parameter and is counted. `logs` adds l2 norms of each
+        group of parameters, of gradients before they are clipped.
+        """
         arguments, accelerator = self.arguments, self.accelerator
         batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
         sample_ids = batch.pop("sample_ids")
@@ -210,76 +261,106 @@ class Trainer:
             output = self._loss(image_embeds, text_embeds, logit_scale, logit_bias, sample_ids)
             accelerator.backward(output.loss)
         metrics = {"loss": output.loss.detach(), **output.metrics, "logit_scale": logit_scale.detach()}
-        if arguments.max_grad_norm:
-            parameters = [p for p in self.encoder.parameters() if p.requires_grad]
-            metrics["grad_norm"] = accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)
+        if logs:
+            metrics |= norms_by_group(self.model)
+        parameters = [p for p in self.encoder.parameters() if p.requires_grad]
+        grad_norm = accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm or float("inf"))
+        metrics["grad_norm"] = grad_norm
         scale_parameter = self.model.logit_scale
         before = scale_parameter.detach().clone()
+        if logs:
+            old = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+        if accelerator.scaler is None:
+            self.guards.count(skip_if_not_finite(self.optimizer.optimizer, grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if logs:
+            metrics |= norms_by_group(self.model, old) | {"skipped_steps": self.guards.skipped}
         settle_logit_scale(scale_parameter, before, arguments.logit_scale_slow_above, arguments.max_logit_scale)
         return metrics
 
     def _loss(self, *inputs: torch.Tensor | None) -> ObjectiveOutput:
         """The objective, in mixed precision: `prepare` sees to the encoders only."""
+        image_embeds, text_embeds, *others = inputs
+        finite = image_embeds.isfinite().all() & text_embeds.isfinite().all()
         with self.accelerator.autocast():
-            return self.objective(*inputs)
+            # What is not finite must not get into the objective's state, and yet void the step in every process.
+            output = self.objective(*(embeds.nan_to_num(0, 0, 0) for embeds in (image_embeds, text_embeds)), *others)
+        output.loss = output.loss * torch.where(finite, 1.0, float("nan"))
+        return output
+
+    def _save_checkpoint(self) -> None:
+        self.state.skipped_steps = int(self.guards.skipped.item())
+        arguments = self.arguments
+        started = time.perf_counter()
+        save_checkpoint(self.accelerator, self.output_dir, self.state, arguments.keep_last, arguments.keep_every)
+        self._interval_start += time.perf_counter() - started
 
     # -- saving and evaluating -----------------------------------------------------------------------------------------
 
-    def save_model(self) -> None:
-        """Model, processor and tokenizer at the root of `output_dir`, as `AutoModel.from_pretrained` reads them."""
+    def save_model(self, folder: Path | None = None) -> None:
+        """Model and processor in `output_dir` or another folder, as `AutoModel.from_pretrained` reads them."""
         if self.objective.amortizer is not None:
             self.model.amortizer.load_state_dict(self.objective.amortizer.state_dict())
         if self.accelerator.is_main_process:
-            self.model.save_pretrained(self.output_dir)
+            self.model.save_pretrained(folder or self.output_dir)
+            if folder:
+                self.processor.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
 
     def _evaluate(self, final: bool = False) -> None:
-        """Runs `eval_tasks`; after the last step also draws the curves, and a contact sheet a task."""
-        if self.accelerator.is_main_process:
-            results = []
-            for task in self.tasks:
-                sheet = self.output_dir / f"{task.name}.png" if final else None
-                results += evaluate(self.model, self.processor, task, sheet=sheet)
-            if results:
-                _append_line(self.output_dir / "eval.jsonl", {"step": self.state.step, "results": results})
-                print_table(results)
-            if final:
-                log = {self.arguments.objective: self.output_dir / "metrics.jsonl"}
-                training_curves(log, self.output_dir / "training_curves.png")
+        """Validation loss and `eval_tasks`, over all processes; after the last step curves and contact sheets too."""
+        if self.objective.amortizer is not None:
+            self.model.amortizer.load_state_dict(self.objective.amortizer.state_dict())
+        main, line = self.accelerator.is_main_process, {"step": self.state.step}
+        if self.arguments.validation_samples:
+            line["validation_loss"] = validation_loss(
+                self.accelerator, self.encoder, self.pairs, self.arguments, self.image_size, self.collator
+            )
+        share, results = Share(self.accelerator.process_index, self.accelerator.num_processes), []
+        for task in self.tasks:
+            sheet = self.output_dir / f"{task.name}.png" if final else None
+            results += evaluate(self.model, self.processor, task, share, sheet)
+        if main and (results or len(line) > 1):
+            self.logbook.append("eval", line | {"results": results})
+            print_table(results)
+            if "validation_loss" in line:
+                print(f"validation loss {line['validation_loss']:.4f} at step {self.state.step}")
+        if results:
+            self._keep_best(results)
+        if main and final:
+            log = {self.arguments.objective: self.output_dir / "metrics.jsonl"}
+            training_curves(log, self.output_dir / "training_curves.png")
         self.encoder.train()
         self.accelerator.wait_for_everyone()
+        self._begin_interval()
+
+    def _keep_best(self, results: list[dict]) -> None:
+        """Saves the model in `best/` when the first task's main metric is higher than ever before."""
+        task = self.tasks[0]
+        value = next(r["value"] for r in results if (r["task"], r["metric"]) == (task.name, task.main_metric))
+        if self.arguments.eval_every and (self.state.best_value is None or value > self.state.best_value):
+            self.state.best_value = value
+            self.save_model(self.output_dir / "best")
 
     # -- what is written and printed -----------------------------------------------------------------------------------
 
     def _open_logs(self) -> None:
         if self.arguments.report_to != "none":
-            self.accelerator.init_trackers("amorlip", config=_flat(dataclasses.asdict(self.arguments)))
+            self.accelerator.init_trackers("amorlip", config=flat(dataclasses.asdict(self.arguments)))
         if not self.accelerator.is_main_process:
             return
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_folder(self.output_dir)  # held as long as the trainer lives
-        except OSError as error:
-            raise UserError(f"output_dir {self.output_dir} cannot be written: {error.strerror}.") from None
-        config = {"arguments": dataclasses.asdict(self.arguments), "versions": _versions()}
+        self.logbook.open(dataclasses.asdict(self.arguments), self.state.step)
         self.processor.save_pretrained(self.output_dir)  # a resumed run reads its tokenizer here
-        (self.output_dir / "run_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        # Lines of steps that a stopped run did after its last checkpoint are done again, so they go.
-        for name in ("metrics.jsonl", "eval.jsonl"):
-            path = self.output_dir / name
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.state.step]
-            path.write_text("".join(kept))
 
-    def _log(self, metrics: dict[str, torch.Tensor], epoch: int, learning_rate: float, progress: tqdm) -> None:
+    def _log(self, metrics: dict, batch: dict, epoch: int, learning_rate: float, progress: tqdm) -> None:
         names, values = list(metrics), torch.stack([m.float() for m in metrics.values()])
         values = self.accelerator.reduce(values, reduction="mean").tolist()
-        elapsed = time.perf_counter() - self._interval_start
-        steps = self.state.step % self.arguments.log_every or self.arguments.log_every
-        self._interval_start = time.perf_counter()
+        elapsed, steps = time.perf_counter() - self._interval_start, self._interval_steps
+        waited = self._data_wait
+        self._begin_interval()
         rate = steps * self.sampler.global_batch_size / elapsed
+        tokens = batch["input_ids"].numel()
         logged = {
             "step": self.state.step,
             "epoch": epoch,
@@ -287,13 +368,19 @@ class Trainer:
             **dict(zip(names, values, strict=True)),
             "lr": learning_rate,
             "samples_per_second": rate,
+            "step_time": elapsed / steps,
+            "data_wait": waited / elapsed,
+            **self.flops.rates(len(batch["input_ids"]), tokens, elapsed / steps),
         }
         if self.accelerator.is_main_process:
-            _append_line(self.output_dir / "metrics.jsonl", logged)
+            if spike := self.guards.spike(logged, batch["sample_ids"]):
+                progress.write(spike)
+            self.logbook.append("metrics", logged)
             progress.set_postfix(
                 loss=f"{logged['loss']:.4f}", scale=f"{logged['logit_scale']:.1f}", samples_s=f"{rate:.0f}"
             )
         self.accelerator.log(logged, step=self.state.step)
+        self.guards.check_finite(logged, batch)
 
     def _announce(self, num_pairs: int, checkpoint: Path | None, augmentation) -> None:
         arguments, accelerator, model = self.arguments, self.accelerator, self.model
@@ -318,29 +405,3 @@ def _precision(requested: str) -> str:
     if requested == "auto":
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     return requested
-
-
-def _append_line(path: Path, values: dict) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
-
-
-def _flat(values: dict) -> dict:
-    """Trackers take scalars: members of mappings get dotted names, lists become text."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{k}": v for k, v in _flat(value).items()}
-        else:
-            flat[key] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return flat
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets", "tokenizers")}
-    revision = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return {"python": platform.python_version(), **versions, "git": revision.stdout.strip() or "unknown"}

@@ -1,9 +1,11 @@
 """Wall time of the evaluation's embedding loop against the model's own time on the same images.
 
-    python eval/benchmarks/evaluation.py --model outputs/emoji_demo --output eval/benchmarks/evaluation.json
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 eval/benchmarks/evaluation.py \
+        --model outputs/emoji_demo --output eval/benchmarks/evaluation.json
 
-The loop decodes PNGs, makes them ready and encodes them; the model's own time is that of encoding what is ready.
-Rounds of both take turns; medians and their ratio are reported.
+The loop decodes PNGs, makes them ready and encodes them; the model's own time is that of encoding what is ready, in the
+same memory layout. Each process takes its share of the images, all begin together, and the slowest counts. Rounds of
+both take turns; medians and their ratio are reported.
 """
 
 from __future__ import annotations
@@ -22,9 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # from a
 
 import datasets  # noqa: E402
 import torch  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from accelerate.utils import gather_object  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from eval.encode import encode_images, on_white  # noqa: E402
+from eval.encode import encode_images, pixels_for  # noqa: E402
+from eval.evaluators import Share  # noqa: E402
 from eval.run import load_model  # noqa: E402
 
 
@@ -34,17 +39,18 @@ def main() -> int:
     parser.add_argument("--data", default="demo_data/emoji/openmoji.parquet", help="parquet of images, repeated")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    state = PartialState(cpu=True)
+    share = Share(state.process_index, state.num_processes)
     model, processor = load_model(arguments.model)
     rows = datasets.load_dataset("parquet", data_files=arguments.data, split="train")
     rows = rows.cast_column("image", datasets.Image(decode=False))
-    files = list(itertools.islice(itertools.cycle([row["image"]["bytes"] for row in rows]), arguments.images))
-    some = [on_white(Image.open(io.BytesIO(file))) for file in files[: arguments.batch_size]]
-    ready = processor.image_processor(some, return_tensors="pt")["pixel_values"]
+    files = itertools.islice(itertools.cycle([row["image"]["bytes"] for row in rows]), arguments.images)
+    files = list(share.of(files))
+    some = [Image.open(io.BytesIO(file)) for file in files[: arguments.batch_size]]
+    ready = pixels_for(processor.image_processor, some)
 
     def loop() -> None:
         encode_images(model, processor, (Image.open(io.BytesIO(file)) for file in files), arguments.batch_size)
@@ -56,14 +62,19 @@ def main() -> int:
 
     seconds: dict = {loop: [], model_alone: []}
     for _, call in itertools.product(range(arguments.rounds), seconds):
+        state.wait_for_everyone()
         start = time.perf_counter()
         call()
-        seconds[call].append(time.perf_counter() - start)
+        seconds[call].append(max(gather_object([time.perf_counter() - start])))
+    if not state.is_main_process:
+        return 0
     wall, own = (statistics.median(values) for values in seconds.values())
-    print(f"{len(files)} images: loop {wall:.2f} s, model alone {own:.2f} s, ratio {wall / own:.2f}")
+    ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
+    number = f"{arguments.images} images, {state.num_processes} processes"
+    print(f"{number}: loop {wall:.2f} s, model alone {own:.2f} s, ratio {ratio:.2f}")
     if arguments.output:
-        report = {"command": " ".join(sys.argv), "loop": wall, "model": own, "ratio": wall / own}
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+        report = {"command": " ".join(sys.argv), "processes": state.num_processes, "loop": wall, "model": own}
+        arguments.output.write_text(json.dumps({**report, "ratio": ratio}, indent=2) + "\n")
     return 0
 
 

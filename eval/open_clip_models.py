@@ -1,0 +1,78 @@
+"""Models of open_clip, where that is installed, in the clothes of a Transformers dual encoder.
+
+python eval/run.py --model open_clip:ViT-B-32/laion2b_s34b_b79k --tasks datacomp --data_dir data
+python eval/run.py --model open_clip:local-dir:exported/model --tasks emoji_openmoji
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+
+
+class OpenCLIPModel(nn.Module):
+    """The part of a Transformers dual encoder that the evaluation uses."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.logit_scale = model, model.logit_scale
+        text = SimpleNamespace(max_position_embeddings=model.context_length)
+        self.config = SimpleNamespace(model_type="open_clip", text_config=text)
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """[I, 3, H, W] -> [I, d], not normalised."""
+        return self.model.encode_image(pixel_values)
+
+    def get_text_features(self, input_ids: Tensor) -> Tensor:
+        """[T, context] -> [T, d], not normalised."""
+        return self.model.encode_text(input_ids)
+
+
+class ImageTransform:
+    """A torchvision transform as an image processor."""
+
+    do_rescale = do_normalize = False  # it does both by itself
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, images, return_tensors: str) -> dict[str, Tensor]:
+        return {"pixel_values": torch.stack([self.transform(image) for image in images])}
+
+
+def load_open_clip(name: str):
+    """(model, processor) of `ARCHITECTURE/TAG`, `hf-hub:REPOSITORY` or `local-dir:FOLDER`, random without a tag.
+
+    Raises:
+        UserError: open_clip is not installed, or does not know the name.
+    """
+    try:
+        import open_clip
+    except ImportError:
+        raise UserError("--model open_clip:... needs open_clip: pip install open_clip_torch.") from None
+    architecture, pretrained = name, None
+    if ":" not in name:
+        architecture, _, tag = name.partition("/")
+        pretrained = tag or None
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=pretrained)
+        tokenizer = open_clip.get_tokenizer(architecture)
+    except Exception as error:  # it raises many kinds
+        raise UserError(f"--model open_clip:{name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+
+    def tokenize(texts, **options) -> dict[str, Tensor]:
+        return {"input_ids": tokenizer(texts)}
+
+    return OpenCLIPModel(model).eval(), SimpleNamespace(image_processor=ImageTransform(transform), tokenizer=tokenize)
