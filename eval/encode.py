@@ -59,13 +59,14 @@ def stream_texts(
 ) -> Iterator[Tensor]:
     """As `encode_texts`, a batch at a time."""
     # SigLIP was trained on texts padded to its context, without a mask.
-    padding = "max_length" if model.config.text_config.model_type.startswith("siglip") else True
+    text_config, tokenizer = model.config.text_config, processor.tokenizer
+    padding = "max_length" if getattr(text_config, "model_type", "").startswith("siglip") else True
     # RoBERTa's tokenizer knows the shorter length, CLIP's may know none, and T5 has no positions to run out of.
-    positions = getattr(model.config.text_config, "max_position_embeddings", 1_000_000)
-    context = min(positions, processor.tokenizer.model_max_length)
+    positions = getattr(text_config, "max_position_embeddings", 1_000_000)
+    context = min(positions, getattr(tokenizer, "model_max_length", positions))
 
     def prepare(batch):
-        return processor.tokenizer(batch, padding=padding, truncation=True, max_length=context, return_tensors="pt")
+        return tokenizer(batch, padding=padding, truncation=True, max_length=context, return_tensors="pt")
 
     def encode(tokens):
         known = ("input_ids", "attention_mask")
