@@ -44,9 +44,15 @@ def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
     model_class = _encoder_class(config)
     build = getattr(model_class, "_from_config", None) or model_class.from_config  # the latter is an Auto class's
     encoder = build(config)
+    # Parameters that no gradient reaches have DistributedDataParallel wait for one: poolers that are not asked, and
+    # what masked pretraining puts in the place of patches.
     pooler = getattr(encoder, "pooler", None)
     if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
-        encoder.pooler = None  # weights that no gradient would reach
+        encoder.pooler = None
+    for module in encoder.modules():
+        if isinstance(token := getattr(module, "mask_token", None), nn.Parameter):
+            del module.mask_token
+            module.register_buffer("mask_token", token.detach())
     return encoder
 
 

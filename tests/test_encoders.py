@@ -73,6 +73,12 @@ def padded():
     return tuple({"input_ids": ids, "attention_mask": (ids != 1).long()} for ids in (right, left))
 
 
+def assert_gradients_reach(encoder, features):
+    """DistributedDataParallel needs a gradient for every parameter that asks for one."""
+    features.square().sum().backward()
+    assert not [name for name, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
+
+
 @pytest.mark.parametrize("model_type, changes, pooling", TEXT, ids=[case[0] for case in TEXT])
 def test_text_encoders(model_type, changes, pooling, padded, tmp_path):
     torch.manual_seed(0)
@@ -94,9 +100,12 @@ def test_text_encoders(model_type, changes, pooling, padded, tmp_path):
     torch.testing.assert_close(features, model.text_projection(expected), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.get_text_features(**left).pooler_output, features, rtol=1e-4, atol=1e-5)
 
+    assert_gradients_reach(model.text_model, features)
+
     model.save_pretrained(tmp_path / "model")
     loaded = AutoModel.from_pretrained(tmp_path / "model")
     assert torch.equal(loaded.get_text_features(**right).pooler_output, features)
+    assert_gradients_reach(loaded.text_model, loaded.get_text_features(**right).pooler_output)
 
 
 @pytest.mark.parametrize("model_type, changes, pooling", VISION, ids=[case[0] for case in VISION])
@@ -114,7 +123,15 @@ def test_vision_encoders(model_type, changes, pooling, tmp_path):
         "mean": lambda: outputs.last_hidden_state.mean(1),
         "pooler": lambda: outputs.pooler_output,
     }[pooling]()
-    torch.testing.assert_close(model.get_image_features(pixels).pooler_output, model.visual_projection(expected))
+    features = model.get_image_features(pixels).pooler_output
+    torch.testing.assert_close(features, model.visual_projection(expected))
+    assert_gradients_reach(model.vision_model, features)
+
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModel.from_pretrained(tmp_path / "model")
+    features = loaded.get_image_features(pixels).pooler_output
+    torch.testing.assert_close(features, model.get_image_features(pixels).pooler_output)
+    assert_gradients_reach(loaded.vision_model, features)
 
 
 def test_feature_maps_are_pooled_by_their_mean():
