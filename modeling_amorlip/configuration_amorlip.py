@@ -181,8 +181,11 @@ def _encoder_config(config: dict | PreTrainedConfig | None, field: str, default_
 
 
 def _vision_pooling(config: PreTrainedConfig) -> str:
-    # These have a pooler, if at all, that is fresh in most checkpoints; I-JEPA has no CLS token.
-    return {"deit": "cls", "ijepa": "mean", "vit": "cls", "vit_msn": "cls"}.get(config.model_type, "pooler")
+    if config.model_type in ("deit", "vit", "vit_msn"):
+        return "cls"  # their pooler, if there is one, is fresh in most checkpoints
+    # And these have none, nor a CLS token that is trained.
+    without = ("data2vec-vision", "ijepa", "poolformer", "pvt_v2", "segformer")
+    return "mean" if config.model_type in without else "pooler"
 
 
 def _text_pooling(config: PreTrainedConfig) -> str:

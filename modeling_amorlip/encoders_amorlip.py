@@ -74,7 +74,11 @@ def pooled_size(config: AmorLIPConfig, side: str) -> int:
     config, pooling = getattr(config, f"{side}_config"), getattr(config, f"{side}_pooling")
     if pooling == "pooler" and hasattr(config, "projection_size"):  # SigLIP's texts
         return config.projection_size
-    return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
+    if hasattr(config, "hidden_sizes"):
+        return config.hidden_sizes[-1]
+    if not hasattr(config, "hidden_size"):
+        raise ValueError(f"{side}_config ({config.model_type}) has no hidden_size; set it to the pooled width.")
+    return config.hidden_size
 
 
 def load_encoder(source: str | os.PathLike | PreTrainedModel, side: str) -> PreTrainedModel:

@@ -241,6 +241,11 @@ def test_wrong_poolings_are_named(fields, message):
         AmorLIPConfig(**fields)
 
 
+def test_an_encoder_of_unknown_width_is_named():
+    with pytest.raises(ValueError, match=r"vision_config \(efficientnet\) has no hidden_size"):
+        AmorLIPModel.from_encoders({"model_type": "efficientnet"}, TINY["text_config"])
+
+
 def test_a_model_with_a_head_is_refused():
     head = BertForMaskedLM(make_config("bert", {}))
     with pytest.raises(ValueError, match="BertForMaskedLM.*bare encoder"):
