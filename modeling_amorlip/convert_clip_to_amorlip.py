@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, CLIPImageProcessor, CLIPProcessor
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPImageProcessor, CLIPProcessor
 from transformers.utils import cached_file
 
 
@@ -34,42 +34,11 @@ if not __package__:  # run as a file: this folder has a module of the package's 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel  # noqa: E402
+from modeling_amorlip.open_clip_amorlip import from_open_clip_names, open_clip_architecture  # noqa: E402
 
 
-TEXT_NAMES = (
-    ("token_embedding.", "text_model.embeddings.token_embedding."),
-    ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
-    ("transformer.resblocks.", "text_model.encoder.layers."),
-    ("ln_final.", "text_model.final_layer_norm."),
-    ("text_projection", "text_projection.weight"),
-)
-VIT_NAMES = (
-    ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
-    ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
-    ("visual.conv1.", "vision_model.embeddings.patch_embedding."),
-    ("visual.ln_pre.", "vision_model.pre_layrnorm."),
-    ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
-    ("visual.ln_post.", "vision_model.post_layernorm."),
-    ("visual.proj", "visual_projection.weight"),
-    *TEXT_NAMES,
-)
-RESNET_NAMES = (("visual.", "vision_model."), *TEXT_NAMES)
-LAYER_NAMES = (
-    (".ln_1.", ".layer_norm1."),
-    (".ln_2.", ".layer_norm2."),
-    (".attn.out_proj.", ".self_attn.out_proj."),
-    (".mlp.c_fc.", ".mlp.fc1."),
-    (".mlp.c_proj.", ".mlp.fc2."),
-)
-TRANSPOSED = ("visual.proj", "text_projection")  # OpenCLIP multiplies from the right
-
-# What a model_cfg of OpenCLIP may say; anything else, if set, asks for an architecture that is not CLIP's.
-MODEL_FIELDS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_bias"}
-VISION_FIELDS = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "patch_dropout"}
-TEXT_FIELDS = {
-    "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pool_type", "eos_id",
-    "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode",
-}  # fmt: skip
+TRANSFORMERS_TYPES = ("clip", "siglip", "siglip2")
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 class Converted(NamedTuple):
@@ -100,15 +69,21 @@ def convert(
     Raises:
         ValueError: the source is of no kind that can be converted, or holds code; the message says what to do.
     """
+    settings = {"quick_gelu": quick_gelu, "tokenizer": tokenizer, "batch_size": batch_size}
     if os.path.isfile(source):
-        return convert_open_clip(Path(source), quick_gelu=quick_gelu, tokenizer=tokenizer, batch_size=batch_size)
-    if cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False):
+        return convert_open_clip(Path(source), **settings)
+    path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
+    model_type = path and json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
+    if model_type in TRANSFORMERS_TYPES:
         return convert_transformers(source)
-    for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"):
+    for name in OPEN_CLIP_FILES:
         if path := cached_file(source, name, _raise_exceptions_for_missing_entries=False):
             cached_file(source, "open_clip_config.json", _raise_exceptions_for_missing_entries=False)  # beside it
-            return convert_open_clip(Path(path), quick_gelu=quick_gelu, tokenizer=tokenizer, batch_size=batch_size)
-    raise ValueError(f"{source} holds neither a config.json (Transformers) nor an open_clip_model.safetensors.")
+            return convert_open_clip(Path(path), **settings)
+    raise ValueError(
+        f"{source} holds no open_clip_model.safetensors, and its config.json says {model_type!r}, which is none of "
+        f"{TRANSFORMERS_TYPES}."
+    )
 
 
 def save(converted: Converted, folder: str | os.PathLike) -> None:
@@ -126,19 +101,13 @@ def save(converted: Converted, folder: str | os.PathLike) -> None:
 
 def convert_transformers(source: str | os.PathLike) -> Converted:
     """From a folder or a name on the Hub of Transformers' CLIP or SigLIP, whose towers are taken as they are."""
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if config.model_type not in ("clip", "siglip", "siglip2"):
-        raise ValueError(f"{source} is of the type {config.model_type!r}; clip, siglip and siglip2 can be converted.")
+    other = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+    config = other.config
     projects = config.model_type == "clip"
     if not projects and not config.vision_config.vision_use_head:
         raise ValueError(f"{source}: vision_config.vision_use_head is False, so there is no image embedding to match.")
-    other = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
-    weights = other.state_dict()
-    for name in ("logit_scale", "logit_bias"):
-        if name in weights:
-            weights[name] = weights[name].reshape(())  # [1] in SigLIP
     model = _build(
-        weights,
+        other.state_dict(),
         vision_config=config.vision_config.to_dict(),
         text_config=config.text_config.to_dict(),
         projection_dim=config.projection_dim if projects else config.vision_config.hidden_size,
@@ -154,6 +123,7 @@ def convert_transformers(source: str | os.PathLike) -> Converted:
 
 def _build(weights: dict[str, Tensor], **fields) -> AmorLIPModel:
     """A model with these weights, which must be all of its own but for the heads."""
+    weights = {name: w.reshape(()) if name.startswith("logit_") else w for name, w in weights.items()}  # [1] in SigLIP
     model = AmorLIPModel(AmorLIPConfig(**fields, logit_bias_init_value=0.0 if "logit_bias" in weights else None))
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -206,8 +176,9 @@ def load_tensors(path: Path) -> dict[str, Any]:
         ValueError: it is no checkpoint, or holds more than tensors, numbers and texts.
     """
     # Learning rates of a cosine schedule are often saved as NumPy numbers, which are data too.
-    scalar = np._core.multiarray.scalar
-    numbers = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType]
+    scalar = np.float64().__reduce__()[0]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    numbers = [*((scalar, name) for name in names), np.dtype, type(np.dtype(np.float64))]
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -224,105 +195,9 @@ def load_tensors(path: Path) -> dict[str, Any]:
     return content
 
 
-def open_clip_architecture(weights: dict[str, Tensor], model_cfg: dict, hidden_act: str) -> dict[str, Any]:
-    """Fields of an `AmorLIPConfig`, read from the shapes; what they do not tell comes from OpenCLIP's `model_cfg`."""
-    _refuse_unknown("model_cfg", model_cfg, MODEL_FIELDS)
-    vision_cfg, text_cfg = model_cfg.get("vision_cfg", {}), model_cfg.get("text_cfg", {})
-    _refuse_unknown("vision_cfg", vision_cfg, VISION_FIELDS)
-    _refuse_unknown("text_cfg", text_cfg, TEXT_FIELDS)
-    if text_cfg.get("pool_type", "argmax") not in ("argmax", "eos"):
-        raise ValueError(f"text_cfg.pool_type is {text_cfg['pool_type']!r}; argmax and eos can be converted.")
-    try:
-        vocab_size, width = weights["token_embedding.weight"].shape
-        text_config = {
-            "model_type": "clip_text_model",
-            "vocab_size": vocab_size,
-            "max_position_embeddings": len(weights["positional_embedding"]),
-            **_transformer(weights, "transformer", hidden_act, text_cfg.get("heads", max(1, width // 64))),
-            # OpenCLIP pools at the highest id, CLIP's end of text.
-            "bos_token_id": vocab_size - 2,
-            "eos_token_id": text_cfg.get("eos_id", 2) if text_cfg.get("pool_type") == "eos" else vocab_size - 1,
-        }
-        head_width = vision_cfg.get("head_width", 64)
-        if "visual.attnpool.c_proj.weight" in weights:
-            output_dim, channels = weights["visual.attnpool.c_proj.weight"].shape
-            grid = math.isqrt(len(weights["visual.attnpool.positional_embedding"]) - 1)
-            vision_config = {
-                "model_type": "amorlip_resnet",
-                "width": channels // 32,
-                "depths": [_count(weights, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)],
-                "num_attention_heads": channels // head_width,
-                "image_size": vision_cfg.get("image_size", 32 * grid),
-                "output_dim": output_dim,
-            }
-        else:
-            width, _, patch_size, _ = weights["visual.conv1.weight"].shape
-            grid = math.isqrt(len(weights["visual.positional_embedding"]) - 1)
-            vision_config = {
-                "model_type": "clip_vision_model",
-                "image_size": grid * patch_size,
-                "patch_size": patch_size,
-                **_transformer(weights, "visual.transformer", hidden_act, max(1, width // head_width)),
-            }
-        projection_dim = weights["text_projection"].shape[1]
-    except KeyError as error:
-        raise ValueError(
-            f"The checkpoint has no {error}, so it is no CLIP of OpenCLIP's (ViT or ResNet, and CLIP's text encoder). "
-            "SigLIP is converted from its repository for Transformers."
-        ) from None
-    return {"vision_config": vision_config, "text_config": text_config, "projection_dim": projection_dim}
-
-
-def from_open_clip_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP's state dict with the names and layouts of `AmorLIPModel`'s."""
-    table = RESNET_NAMES if "visual.attnpool.c_proj.weight" in weights else VIT_NAMES
-    ours = {}
-    for name, weight in weights.items():
-        renamed = rename(name, table, LAYER_NAMES)
-        if name in TRANSPOSED:
-            weight = weight.T
-        if ".attn.in_proj_" in name:
-            for part, chunk in zip("qkv", weight.chunk(3), strict=True):
-                ours[renamed.replace(".attn.in_proj_", f".self_attn.{part}_proj.")] = chunk
-        else:
-            ours[renamed] = weight
-    return ours
-
-
-def rename(name: str, prefixes, parts) -> str:
-    """The name with the first of the prefixes that fits, and all of the parts, replaced; both are pairs (old, new)."""
-    for old, new in prefixes:
-        if name.startswith(old):
-            name = new + name[len(old) :]
-            break
-    for old, new in parts:
-        name = name.replace(old, new)
-    return name
-
-
 def _plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without what DistributedDataParallel, torch.compile and OpenCLIP's CustomTextCLIP put before the names."""
-    return {re.sub(r"^(module\.|_orig_mod\.)*(text\.)?", "", name): weight for name, weight in weights.items()}
-
-
-def _count(weights: dict[str, Tensor], prefix: str) -> int:
-    return len({name[len(prefix) :].split(".")[0] for name in weights if name.startswith(prefix)})
-
-
-def _transformer(weights: dict[str, Tensor], prefix: str, hidden_act: str, num_attention_heads: int) -> dict[str, Any]:
-    intermediate_size, hidden_size = weights[f"{prefix}.resblocks.0.mlp.c_fc.weight"].shape
-    return {
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_hidden_layers": _count(weights, f"{prefix}.resblocks."),
-        "num_attention_heads": num_attention_heads,
-        "hidden_act": hidden_act,
-    }
-
-
-def _refuse_unknown(name: str, fields: dict, known: set[str]) -> None:
-    if unknown := sorted(field for field, value in fields.items() if field not in known and value):
-        raise ValueError(f"open_clip_config.json: {name} sets {unknown}, which is not of CLIP's architecture.")
+    return {re.sub(r"^(module\.|_orig_mod\.)*(text\.)?", "", str(name)): weight for name, weight in weights.items()}
 
 
 def _read_open_clip_config(path: Path) -> dict:
@@ -406,10 +281,10 @@ def main() -> int:
             tokenizer=arguments.tokenizer,
             batch_size=arguments.batch_size,
         )
-    except (ValueError, OSError) as error:
+        save(converted, arguments.output)
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    save(converted, arguments.output)
     config = converted.model.config
     print(
         f"{config.vision_config.model_type} and {config.text_config.model_type} "

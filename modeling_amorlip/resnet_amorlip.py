@@ -152,15 +152,10 @@ class AmorLIPResNetModel(PreTrainedModel):
         hidden = self.bn2(self.conv2(hidden)).relu()
         hidden = self.avgpool(self.bn3(self.conv3(hidden)).relu())
         states = [hidden]
+        checkpointing = self.gradient_checkpointing and self.training
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                if self.gradient_checkpointing and self.training:
-                    contexts = contextlib.nullcontext(), FrozenStatistics(block)
-                    hidden = self._gradient_checkpointing_func(
-                        block.__call__, hidden, context_fn=lambda contexts=contexts: contexts
-                    )
-                else:
-                    hidden = block(hidden)
+                hidden = self._checkpointed(block, hidden) if checkpointing else block(hidden)
                 states.append(hidden)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         outputs = BaseModelOutputWithPooling(
@@ -169,6 +164,12 @@ class AmorLIPResNetModel(PreTrainedModel):
             hidden_states=tuple(states) if wanted else None,
         )
         return outputs.to_tuple() if return_dict is False else outputs
+
+    def _checkpointed(self, block: AmorLIPResNetBlock, hidden: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # what is computed again is then without side effects
+            return self._gradient_checkpointing_func(block, hidden)
+        contexts = contextlib.nullcontext(), FrozenStatistics(block)
+        return self._gradient_checkpointing_func(block, hidden, context_fn=lambda: contexts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -2,13 +2,17 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
+from hub_server import Hub, Repository
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModel,
@@ -17,15 +21,19 @@ from transformers import (
     CLIPImageProcessor,
     CLIPModel,
     CLIPProcessor,
+    PreTrainedTokenizerFast,
     Siglip2Config,
     Siglip2Model,
     SiglipConfig,
+    SiglipImageProcessor,
     SiglipModel,
+    SiglipProcessor,
 )
 
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel
-from modeling_amorlip.convert_amorlip_to_open_clip import export_open_clip, to_open_clip_names
-from modeling_amorlip.convert_clip_to_amorlip import convert, open_clip_architecture, save
+from modeling_amorlip.convert_amorlip_to_open_clip import export_open_clip
+from modeling_amorlip.convert_clip_to_amorlip import convert, save
+from modeling_amorlip.open_clip_amorlip import open_clip_architecture, to_open_clip_names
 from training.modeling import train_tokenizer
 
 
@@ -128,6 +136,13 @@ def test_transformers_siglip(tmp_path):
     nn.init.constant_(other.logit_bias, -3.0)
     nn.init.constant_(other.logit_scale, 2.0)
     other.save_pretrained(tmp_path / "siglip")
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "red": 2, "heart": 3}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", model_input_names=["input_ids"]
+    )
+    size = {"height": 32, "width": 32}
+    SiglipProcessor(SiglipImageProcessor(size=size), tokenizer).save_pretrained(tmp_path / "siglip")
     save(convert(tmp_path / "siglip"), tmp_path / "ours")
     ours = AutoModel.from_pretrained(tmp_path / "ours")
     assert ours.logit_bias.item() == -3
@@ -136,6 +151,10 @@ def test_transformers_siglip(tmp_path):
     inputs = {"pixel_values": torch.randn(3, 3, 32, 32), "input_ids": input_ids}
     assert_same(other, ours, **inputs)
     assert_same(other, ours, **inputs, attention_mask=mask)
+    processor = AutoProcessor.from_pretrained(tmp_path / "ours")
+    assert isinstance(processor, SiglipProcessor)
+    texts = processor(text=["red heart", "heart"], padding="max_length", max_length=16, return_tensors="pt")
+    assert_same(other, ours, **inputs | texts)
 
 
 def test_transformers_siglip_of_any_resolution(tmp_path):
@@ -212,6 +231,7 @@ def assert_same_features(model: AmorLIPModel, tensors):
 
 def test_open_clip_folder(stored, tmp_path):
     folder, weights, config, tensors = stored
+    (folder / "config.json").write_text('{"architecture": "vit_base"}')  # timm's, on the Hub beside OpenCLIP's
     save(convert(folder), tmp_path / "ours")
     ours = AutoModel.from_pretrained(tmp_path / "ours")
     assert_same_features(ours, tensors)
@@ -220,6 +240,30 @@ def test_open_clip_folder(stored, tmp_path):
     ours_visual = [*ours.vision_model.parameters(), *ours.visual_projection.parameters()]
     assert sum(p.numel() for p in ours_visual) == visual - batches
     assert ours.config.text_config.hidden_act == ("quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu")
+
+
+def test_names_on_the_hub(stored, tmp_path):
+    """Once OpenCLIP's files alone, once with Transformers' beside them, which then count."""
+    folder, weights, _, tensors = stored
+    other = clip() if "visual.proj" in weights else None
+    if other:
+        other.save_pretrained(folder)
+    hub = Hub()
+    repository = hub.repositories["user/clip"] = Repository(private=False)
+    repository.branches["main"] = repository.add({f.name: f.read_bytes() for f in folder.iterdir()}, "weights")
+    environment = {
+        "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+    }  # fmt: skip
+    command = [sys.executable, CONVERT, "--source", "user/clip", "--output", str(tmp_path / "ours")]
+    result = subprocess.run(command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True)
+    hub.close()
+    assert result.returncode == 0, result.stderr
+    ours = AutoModel.from_pretrained(tmp_path / "ours")
+    if other:
+        assert_same(other, ours, pixel_values=torch.randn(2, 3, 32, 32), input_ids=padded_texts(99)[0])
+    else:
+        assert_same_features(ours, tensors)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
@@ -247,7 +291,7 @@ def test_open_clip_quick_gelu_can_be_named(stored):
     assert convert(folder / "openai.pt").model.config.text_config.hidden_act == "quick_gelu"
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14", "RN50"])
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14", "ViT-H-14", "RN50"])
 def test_architecture_is_read_from_the_shapes(name):
     text = encoder(512, 12, 8, model_type="clip_text_model", intermediate_size=2048, hidden_act="gelu")
     fields = {
@@ -257,6 +301,12 @@ def test_architecture_is_read_from_the_shapes(name):
             | {"hidden_act": "gelu"},
             text | {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
             768,
+        ),
+        "ViT-H-14": (
+            encoder(1280, 32, 16, model_type="clip_vision_model", intermediate_size=5120, patch_size=14)
+            | {"hidden_act": "gelu"},
+            text | {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+            1024,
         ),
         "RN50": ({"model_type": "amorlip_resnet"}, text, 1024),
     }[name]
@@ -324,7 +374,7 @@ def test_architectures_that_are_not_clip_are_refused(stored, tmp_path):
     save_file({"visual.trunk.weight": torch.zeros(1)}, tmp_path / "siglip.safetensors")
     with pytest.raises(ValueError, match="has no 'token_embedding.weight'.*SigLIP"):
         convert(tmp_path / "siglip.safetensors")
-    with pytest.raises(ValueError, match="neither a config.json"):
+    with pytest.raises(ValueError, match="no open_clip_model.safetensors, and its config.json says None"):
         convert(tmp_path)
 
 
@@ -455,7 +505,7 @@ def test_code_of_a_source_is_never_run(tmp_path):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="trust_remote_code"):
+    with pytest.raises(ValueError, match="its config.json says 'evil'"):
         convert(tmp_path)
     assert not (tmp_path / "ran").exists()
 
