@@ -33,6 +33,8 @@ AutoProcessor.register(AmorLIPConfig, CLIPProcessor)
 # Saved folders carry this code, so that they load with trust_remote_code=True where the package is not installed.
 AmorLIPConfig.register_for_auto_class()
 AmorLIPModel.register_for_auto_class("AutoModel")
+AmorLIPTextModelWithProjection.register_for_auto_class("AutoModel")
+AmorLIPVisionModelWithProjection.register_for_auto_class("AutoModel")
 AmorLIPForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 AmorLIPResNetConfig.register_for_auto_class()
 AmorLIPResNetModel.register_for_auto_class("AutoModel")

@@ -11,7 +11,12 @@ from conftest import ROOT, TINY, with_threads
 from safetensors.torch import load_file
 from transformers import BertTokenizer, BitImageProcessor, CLIPProcessor
 
-from modeling_amorlip import AmorLIPConfig, AmorLIPForImageClassification, AmorLIPModel
+from modeling_amorlip import (
+    AmorLIPConfig,
+    AmorLIPForImageClassification,
+    AmorLIPModel,
+    AmorLIPVisionModelWithProjection,
+)
 from training.modeling import train_tokenizer
 
 
@@ -71,6 +76,10 @@ found["classifier.logits"] = fine_tuned(inputs["pixel_values"]).logits.detach()
 best = pipeline("image-classification", model=str(root / "classifier"), **trust)(image)[0]
 assert best["label"] == fine_tuned.config.id2label[int(found["classifier.logits"].argmax())]
 
+vision = AutoModel.from_pretrained(root / "vision", **trust)
+assert type(vision).__name__ == "AmorLIPVisionModelWithProjection"
+found["vision.image_embeds"] = vision(inputs["pixel_values"]).image_embeds.detach()
+
 model.save_pretrained(root / "again")  # by the code that came with the folder
 again = AutoModel.from_pretrained(root / "again", **trust)
 assert torch.equal(again(**inputs).logits_per_image, model(**inputs).logits_per_image)
@@ -83,7 +92,7 @@ assert ours and all(name.startswith("transformers_modules.") for name in ours), 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, demo_rows):
-    """Folders of three models, and the models themselves; what a fresh interpreter finds goes beside them."""
+    """Folders of models, and the models themselves; what a fresh interpreter finds goes beside them."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("models")
     tokenizer = train_tokenizer(demo_rows["caption"], 700)
@@ -105,6 +114,7 @@ def models(tmp_path_factory, demo_rows):
         "clip": AmorLIPModel(AmorLIPConfig(**clip, projection_dim=32)),
         "resnet": AmorLIPModel(AmorLIPConfig(**resnet, projection_dim=32)),
         "classifier": AmorLIPForImageClassification(AmorLIPConfig(**clip, num_labels=3)),
+        "vision": AmorLIPVisionModelWithProjection(AmorLIPConfig(**clip)),
     }
     size = {"height": 32, "width": 32}
     images = BitImageProcessor(size={"shortest_edge": 32}, crop_size=size, do_convert_rgb=True)
@@ -139,6 +149,8 @@ def test_folders_load_without_the_package(models, demo_rows, tmp_path):
             torch.testing.assert_close(found[f"{name}.{key}"], value, rtol=1e-4, atol=1e-4)
     expected = models["classifier"](inputs["pixel_values"]).logits
     torch.testing.assert_close(found["classifier.logits"], expected, rtol=1e-4, atol=1e-4)
+    expected = models["vision"](inputs["pixel_values"]).image_embeds
+    torch.testing.assert_close(found["vision.image_embeds"], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_code_in_a_folder_needs_nothing_else(models):
