@@ -4,6 +4,7 @@ A dual encoder behind the `encode` of sentence-transformers, for code that expec
     embedder = Embedder("outputs/emoji_demo")
     images = embedder.encode([Image.open("heart.png"), Image.open("pizza.png")])
     embedder.similarity(embedder.encode("a red heart"), images)  # [1, 2] cosines
+    mteb.evaluate(embedder, mteb.get_tasks(["CIFAR10ZeroShot"]))
 """
 
 from __future__ import annotations
@@ -78,10 +79,26 @@ class Embedder:
     @staticmethod
     def similarity(first: np.ndarray | Tensor, second: np.ndarray | Tensor) -> Tensor:
         """Cosines [N, M] of embeddings [N, d] and [M, d]."""
-        first, second = (
-            torch.nn.functional.normalize(torch.atleast_2d(torch.as_tensor(e)), dim=-1) for e in (first, second)
-        )
-        return first @ second.T
+        return _unit_norm(first) @ _unit_norm(second).T
+
+    @staticmethod
+    def similarity_pairwise(first: np.ndarray | Tensor, second: np.ndarray | Tensor) -> Tensor:
+        """Cosines [N] of embeddings [N, d] and [N, d], row by row."""
+        return (_unit_norm(first) * _unit_norm(second)).sum(-1)
+
+    @property
+    def mteb_model_meta(self):
+        """What mteb, which has to be installed, notes of the model in its results."""
+        from mteb.models import ModelMeta
+
+        owner, _, name = self.model.name_or_path.rstrip("/").rpartition("/")
+        local = not owner or owner.count("/") or owner.startswith(".")
+        about = {"name": f"{'local' if local else owner}/{name}", "modalities": ["image", "text"]}
+        return ModelMeta.create_empty(about | {"revision": getattr(self.model.config, "_commit_hash", None) or "local"})
+
+
+def _unit_norm(embeds: np.ndarray | Tensor) -> Tensor:
+    return torch.nn.functional.normalize(torch.atleast_2d(torch.as_tensor(embeds)), dim=-1)
 
 
 def _items(entry) -> list:

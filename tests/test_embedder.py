@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -59,6 +60,7 @@ def test_images_and_texts_in_any_order(embedder, demo_rows):
     np.testing.assert_allclose(found[[0, 3]], embedder.encode(TEXTS[:2]), rtol=1e-4, atol=1e-5)
     cosines = embedder.similarity(3 * found[:2], found)
     torch.testing.assert_close(cosines, util.cos_sim(found[:2], found))
+    torch.testing.assert_close(embedder.similarity_pairwise(found[:2], found[1:3]), cosines[[0, 1], [1, 2]])
     assert embedder.encode(images[0]).shape == (384,)
 
 
@@ -75,3 +77,40 @@ def test_batches_of_mteb(embedder, demo_rows):
 def test_what_cannot_be_encoded_is_named(embedder, inputs, name):
     with pytest.raises(ValueError, match=f"given {name}"):
         embedder.encode(inputs)
+
+
+@pytest.mark.interop
+def test_mteb_itself(embedder, demo_rows, tmp_path):
+    import mteb
+    from mteb.abstasks import AbsTaskZeroShotClassification
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    rows = demo_rows.select(range(0, 400, 10))
+    names = list(rows["caption"])
+
+    class Emoji(AbsTaskZeroShotClassification):
+        metadata = TaskMetadata(
+            name="Emoji", description="Emoji by name", dataset={"path": "local/emoji", "revision": "1"},
+            type="ZeroShotClassification", category="i2t", modalities=["image", "text"], eval_splits=["test"],
+            eval_langs=["eng-Latn"], main_score="accuracy",
+        )  # fmt: skip
+        input_column_name, label_column_name = "image", "label"
+
+        def load_data(self, **kwargs):
+            images = [row["image"].convert("RGB") for row in rows]
+            self.dataset = datasets.DatasetDict(
+                test=datasets.Dataset.from_dict(
+                    {"image": images, "label": list(range(len(names)))},
+                    features=datasets.Features(image=datasets.Image(), label=datasets.Value("int64")),
+                )
+            )
+            self.data_loaded = True
+
+        def get_candidate_labels(self):
+            return names
+
+    found = mteb.evaluate(embedder, Emoji(), cache=None, encode_kwargs={"batch_size": 16})
+    accuracy = found.task_results[0].scores["test"][0]["accuracy"]
+    scores = embedder.similarity(embedder.encode([row["image"] for row in rows]), embedder.encode(names))
+    assert accuracy == pytest.approx((scores.argmax(1) == torch.arange(len(names))).float().mean().item())
+    assert found.model_name.startswith("local/")
