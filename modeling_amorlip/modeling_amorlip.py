@@ -63,8 +63,9 @@ class AmorLIPPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # Half precision holds a logit scale to one per cent only, and the heads are tiny: both stay in float32.
-    _keep_in_fp32_modules_strict = ["amortizer", "logit_scale", "logit_bias"]
+    # Half precision holds a logit scale to one per cent only, and the heads are tiny: both stay in float32, in bfloat16
+    # (strict) and under quantisation too.
+    _keep_in_fp32_modules = _keep_in_fp32_modules_strict = ["amortizer", "logit_scale", "logit_bias"]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -413,3 +413,30 @@ def test_adapters_through_the_model_itself(saved):
     assert not torch.allclose(model(**inputs).logits_per_image, before.logits_per_image)
     model.disable_adapters()
     assert_same(model(**inputs), before, rtol=0, atol=0)
+
+
+# -- quantisation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.interop
+def test_8_bit(tmp_path):
+    from bitsandbytes.nn import Linear8bitLt
+    from transformers import BitsAndBytesConfig
+
+    torch.manual_seed(0)
+    wide = {**CLIP["vision_config"], "hidden_size": 256, "intermediate_size": 512}
+    model = AmorLIPModel(AmorLIPConfig(vision_config=wide, text_config=CLIP["text_config"]))
+    model.eval().save_pretrained(tmp_path / "model")
+    options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": "cpu"}
+    small = AutoModel.from_pretrained(tmp_path / "model", **options)
+    assert isinstance(small.vision_model.encoder.layers[0].self_attn.q_proj, Linear8bitLt)
+    assert {parameter.dtype for parameter in small.amortizer.parameters()} == {torch.float32}
+    assert small.vision_model.get_memory_footprint() < 0.6 * model.vision_model.get_memory_footprint()
+    inputs = make_inputs(model)
+    with torch.inference_mode():
+        ours, exact = small(**inputs), model(**inputs)
+    assert (ours.image_embeds * exact.image_embeds).sum(-1).min() > 0.99
+    assert (ours.text_embeds * exact.text_embeds).sum(-1).min() > 0.99
+    small.save_pretrained(tmp_path / "small")
+    with torch.inference_mode():
+        assert_same(AutoModel.from_pretrained(tmp_path / "small")(**inputs), ours, rtol=0, atol=0)
