@@ -75,8 +75,7 @@ def evaluate_task(
         UserError: the data is missing or contradicts itself, or the model has no amortizer to score with.
     """
     data = find_data(task, data_dir)
-    if "amortized" in scorings and not hasattr(model, "amortizer"):
-        raise UserError("--scoring amortized needs a model with amortizer heads; this one has none.")
+    require_amortizer(model, scorings)
     evaluator = {"classification": _classification, "retrieval": _retrieval, "winogavil": _winogavil}[task.kind]
     number, by_scoring = evaluator(model, processor, data, batch_size, scorings, share or Share(), sheet)
     if probes and task.kind == "classification":
@@ -96,6 +95,12 @@ def evaluate_task(
         "metrics": results.pop("cosine"),
         "scoring": results,
     }
+
+
+def require_amortizer(model, scorings: tuple[str, ...]) -> None:
+    """Raises `UserError` when a model without heads is to score with them."""
+    if "amortized" in scorings and not hasattr(model, "amortizer"):
+        raise UserError("--scoring amortized needs a model with amortizer heads; this one has none.")
 
 
 def penalties(model, scorings: tuple[str, ...], gallery: Tensor, candidates: Tensor, side: str) -> dict:

@@ -13,23 +13,35 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-def contact_sheet(images, names: list[str], best: list[list[str]], path: str | Path) -> None:
-    """Draws images with their five best captions, likeliest first; the right one is green."""
+def contact_sheet(
+    images, names: list[str], best: list[list[str]], path: str | Path, headings: dict[int, str] | None = None
+) -> None:
+    """Draws images with up to five captions each, likeliest first; one that is the image's name is green.
+
+    Args:
+        images: six a row; None leaves a place empty. headings: {place: text} to write above an image.
+    """
     columns = 6
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.5 * rows), squeeze=False)
+    space = 0.2 + 0.13 * max(len(captions[:5]) for captions in best) + (0.25 if headings else 0)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 1.35 * (1 + space) * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, image, name, captions in zip(axes.flat, images, names, best, strict=False):
+    for place, (axis, image, name, captions) in enumerate(zip(axes.flat, images, names, best, strict=False)):
+        if headings and place in headings:
+            axis.set_title(headings[place], loc="left", fontsize=12, weight="bold", parse_math=False)
+        if image is None:
+            continue
         axis.imshow(image)
         for line, caption in enumerate(captions[:5]):
             text = caption if len(caption) <= 30 else caption[:29] + "…"
             axis.text(
                 0.5, -0.08 - 0.13 * line, text, transform=axis.transAxes, ha="center", va="top", fontsize=8,
                 color="green" if caption == name else "black", weight="bold" if caption == name else "normal",
+                parse_math=False,
             )  # fmt: skip
-    figure.subplots_adjust(hspace=0.85, left=0.02, right=0.98, top=0.98, bottom=0.1)
-    figure.savefig(path, dpi=110)
+    figure.subplots_adjust(hspace=space, left=0.02, right=0.98, top=0.98, bottom=0.1)
+    figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.2)
     plt.close(figure)
 
 

@@ -134,7 +134,7 @@ def new_report(arguments: argparse.Namespace, model) -> dict:
         "schema_version": SCHEMA_VERSION,
         "model": {
             "name": arguments.model,
-            "revision": _revision(arguments.model, model),
+            "revision": revision(arguments.model, model),
             "parameters": sum(p.numel() for p in model.parameters()),
         },
         "code_version": _code_version(),
@@ -216,11 +216,13 @@ def download(tasks: list[Task], data_dir: Path) -> None:
             raise UserError(f"Task {task.name}: none of {', '.join(task.repositories)} could be downloaded.")
 
 
-def _revision(name: str, model) -> str | None:
+def revision(name: str, model) -> str | None:
     """The commit of a model from the Hub; of a folder, the beginning of its weights' SHA-256."""
-    weights = Path(name) / "model.safetensors"
-    if weights.is_file():
-        return hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+    if weights := sorted(Path(name).glob("model*.safetensors")):
+        digest = hashlib.sha256()
+        for file in weights:
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:12]
     return getattr(model.config, "_commit_hash", None)
 
 

@@ -74,6 +74,28 @@ def recipe(recipe_factory, tmp_path):
     return functools.partial(recipe_factory, tmp_path)
 
 
+@pytest.fixture(scope="session")
+def tiny_model(recipe_factory, tmp_path_factory):
+    """The folder of a tiny model, trained for 18 steps."""
+    folder = tmp_path_factory.mktemp("tiny")
+    result = pretrain(recipe_factory(folder))
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def emoji_files(tmp_path):
+    """A folder of 40 emoji as PNG files in two subfolders, named by their captions; every third is translucent."""
+    rows = datasets.load_dataset("parquet", data_files=str(DEMO / "openmoji.parquet"), split="train").select(range(40))
+    for i, row in enumerate(rows):
+        folder = tmp_path / "emoji" / ("even" if i % 2 == 0 else "odd")
+        folder.mkdir(parents=True, exist_ok=True)
+        image = row["image"].convert("RGBA")
+        image.putalpha(255 if i % 3 else 120)
+        image.save(folder / f"{rows.features['label'].int2str(row['label'])}.png")
+    return tmp_path / "emoji"
+
+
 def run(*command, launch=None, threads=1, timeout=300) -> subprocess.CompletedProcess:
     """Runs a script of the repository as a user does; `launch` is a number of processes."""
     python = [sys.executable]

@@ -124,9 +124,7 @@ def test_half_precision_sources_become_float32(tmp_path):
     ours = AutoModel.from_pretrained(tmp_path / "ours")
     assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
     input_ids, mask = padded_texts(99)
-    assert_same(
-        other.float(), ours, pixel_values=torch.randn(2, 3, 32, 32), input_ids=input_ids, attention_mask=mask
-    )
+    assert_same(other.float(), ours, pixel_values=torch.randn(2, 3, 32, 32), input_ids=input_ids, attention_mask=mask)
 
 
 def test_transformers_siglip(tmp_path):

@@ -27,6 +27,7 @@ def open_image(source: bytes | str, max_pixels: int) -> Image.Image:
         ValueError: the header says more than `max_pixels`, found before anything is decoded.
         Exception: whatever Pillow raises for data that is not an image.
     """
+    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow raises for twice as many while it opens
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     if image.width * image.height > max_pixels:
         raise ValueError(f"{image.width} x {image.height} pixels are more than max_image_pixels {max_pixels}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import Counter, deque
 
@@ -79,9 +80,11 @@ class Guards:
     def spike(self, logged: dict, sample_ids: Tensor) -> str | None:
         """A sentence on a loss far above those logged before, which is also listed with its batch; else None."""
         if self.losses is None:
-            before = [json.loads(line)["loss"] for line in self.logbook.lines("metrics")[-MOST_LOSSES:]]
-            self.losses = deque(before, MOST_LOSSES)
+            before = [json.loads(line)["loss"] for line in self.logbook.lines("metrics")]
+            self.losses = deque(filter(math.isfinite, before), MOST_LOSSES)
         loss, usual = logged["loss"], list(self.losses)
+        if not math.isfinite(loss):
+            return None  # the step was skipped, which is counted
         self.losses.append(loss)
         if len(usual) < FEWEST_LOSSES:
             return None

@@ -12,6 +12,15 @@ from accelerate import Accelerator
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+def meet_lost_workers_when_asked() -> None:
+    """Undoes what torch does when data workers start: raise, wherever the main process is, when one is lost.
+
+    In the middle of a step that would leave half of it done. The loader notices by itself when it waits for a batch.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 class Interruption:
     """
     Within it, signals to stop are only noted; `wanted` says after a step whether any process was sent one.

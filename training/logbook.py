@@ -52,9 +52,15 @@ class Logbook:
         return text[: text.rfind("\n") + 1].splitlines()
 
     def append(self, name: str, values: dict) -> None:
-        """One write of one line, so that processes may share a log."""
-        with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        """One write of one line, so that processes may share a log; raises `UserError` when there is no room."""
+        try:
+            with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.folder / f'{name}.jsonl'} cannot be written: {error.strerror}. Make room, then go on with "
+                "--resume_from_checkpoint latest."
+            ) from None
 
 
 def flat(values: dict) -> dict:

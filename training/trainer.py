@@ -26,7 +26,7 @@ from .checkpointing import TrainState, find_checkpoint, load_checkpoint, save_ch
 from .data import Collator, EpochOrder, PairSampler, make_dataloader
 from .gradient_cache import cached_backward
 from .guards import Guards
-from .interruption import Interruption
+from .interruption import Interruption, meet_lost_workers_when_asked
 from .logbook import Logbook, flat
 from .modeling import PairEncoder, build_model
 from .objectives import OBJECTIVES, ObjectiveOutput
@@ -189,6 +189,7 @@ class Trainer:
             dynamic_ncols=True, mininterval=1,
         )  # fmt: skip
         batches = iter(self.dataloader)
+        meet_lost_workers_when_asked()
         self._begin_interval()
         while state.step < self.total_steps:
             epoch, step_in_epoch = divmod(state.step, self.sampler.steps_per_epoch)
@@ -237,8 +238,12 @@ class Trainer:
         self._interval_start, self._interval_steps, self._data_wait = time.perf_counter(), 0, 0.0
 
     def _rescue(self, error: Exception) -> None:
-        """Saves the steps before one that failed; not with several processes, which may not meet any more."""
-        if self.accelerator.num_processes == 1 and self.state.step:
+        """Saves the steps before one that failed.
+
+        Not with several processes, which may not meet any more, nor in an epoch's first step, before which objectives
+        have begun the epoch: those go on from the last checkpoint.
+        """
+        if self.accelerator.num_processes == 1 and self.state.step % self.sampler.steps_per_epoch:
             self.optimizer.zero_grad()
             self._save_checkpoint()
             print(f"Step {self.state.step + 1} failed ({type(error).__name__}); those before it are saved.")
