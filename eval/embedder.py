@@ -9,6 +9,7 @@ A dual encoder behind the `encode` of sentence-transformers, for code that expec
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import numpy as np
@@ -31,7 +32,7 @@ class Embedder:
     """
 
     def __init__(self, model, processor=None, device: str = "cpu"):
-        if isinstance(model, str):
+        if isinstance(model, str | os.PathLike):
             processor = processor or AutoProcessor.from_pretrained(model)
             model = AutoModel.from_pretrained(model)
         self.model, self.processor = model.to(device).eval(), processor

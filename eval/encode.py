@@ -15,7 +15,10 @@ from torch import Tensor
 def encode_images(
     model, processor, images: Iterable[Image.Image], batch_size: int = 256, normalize: bool = True
 ) -> Tensor:
-    """Unit-norm image embeddings [I, d], float32, on the CPU. A batch is made ready while the one before is encoded."""
+    """Image embeddings [I, d], float32, on the CPU, of unit norm unless `normalize` is False.
+
+    A batch is made ready while the one before is encoded.
+    """
 
     def prepare(batch):
         return pixels_for(processor.image_processor, batch)
@@ -50,7 +53,7 @@ def _has_final_size(image: Image.Image, image_processor) -> bool:
 
 
 def encode_texts(model, processor, texts: Iterable[str], batch_size: int = 256, normalize: bool = True) -> Tensor:
-    """Unit-norm text embeddings [T, d], float32, on the CPU."""
+    """Text embeddings [T, d], float32, on the CPU, of unit norm unless `normalize` is False."""
     return torch.cat(list(stream_texts(model, processor, texts, batch_size, normalize)))
 
 
