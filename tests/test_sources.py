@@ -16,7 +16,7 @@ from conftest import ROOT, pretrain, with_threads
 from test_training import assert_same_weights, read_metrics
 
 from eval.errors import UserError
-from training.arguments import PretrainArguments
+from training.arguments import PretrainArguments, parse_arguments
 from training.data import Collator, EpochOrder, PairDataset, PairSampler, make_dataloader
 from training.sources import expand, open_pairs
 
@@ -237,6 +237,24 @@ def test_texts_are_padded_to_the_batch(forms):
         ]
     longest = len(tokenizer("a dog and a cat")["input_ids"])
     assert lengths == {1: longest, 8: -(-longest // 8) * 8, -1: 40}
+
+
+@pytest.mark.parametrize("groups", [2, 4, 16])
+def test_grouped_texts_have_the_same_embeddings_and_gradients(recipe, groups):
+    from training.trainer import Trainer
+
+    trainer = Trainer(parse_arguments(["--config", str(recipe())]))
+    encoder, batch = trainer.encoder.eval(), next(iter(trainer.dataloader))
+    inputs = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask", "lengths")}
+    assert len(set(batch["lengths"])) > 3
+    results = []
+    for encoder.text_groups in (1, groups):
+        encoder.zero_grad()
+        images, texts, scale, _ = encoder(**inputs)
+        (scale * images @ texts.T).softmax(1).diagonal().sum().backward()
+        results.append([texts, *(p.grad.clone() for p in encoder.model.text_model.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_a_held_out_slice_is_never_trained_on(recipe, forms, tmp_path):

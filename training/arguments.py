@@ -94,6 +94,7 @@ class PretrainArguments:
     max_image_pixels: int = _field(89_478_485, "images of more pixels are left out, undecoded")
     max_bad_fraction: float = _field(0.01, "share of unusable pairs past which a run stops, once 1000 pairs were met")
     pad_text_to_multiple: int = _field(1, "texts are padded to the batch's longest, rounded up to this; -1: to context")
+    text_groups: int = _field(1, "groups of similar length that a batch's texts are encoded in, each padded by itself")
     # Model
     model: str | None = _field(None, "folder or Hub name to continue from, with processor; else the model is fresh")
     vision_config: dict = _field({}, "image encoder, any Transformers configuration with its model_type")
@@ -136,7 +137,8 @@ class PretrainArguments:
         for name in ("output_dir", "train_data"):
             if not getattr(self, name):
                 raise UserError(f"{name} is not set: name it in the recipe or as --{name} PATH.")
-        for name in ("per_device_train_batch_size", "num_train_epochs", "checkpoint_every", "keep_last", "log_every"):
+        at_least_1 = ("per_device_train_batch_size", "num_train_epochs", "checkpoint_every", "keep_last", "log_every")
+        for name in (*at_least_1, "text_groups"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         at_least_0 = ("eval_every", "warmup_steps", "dataloader_num_workers", "weight_decay", "max_grad_norm")

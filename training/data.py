@@ -198,10 +198,11 @@ class PairDataset(torch.utils.data.Dataset):
 
 
 class Collator:
-    """Samples -> {pixel_values uint8 [N, 3, H, W], input_ids, attention_mask [N, longest], sample_ids [N]}.
+    """Samples -> {pixel_values uint8 [N, 3, H, W], input_ids, attention_mask [N, longest], lengths, sample_ids [N]}.
 
     `bad_samples` stands beside them, and nothing else when a pair could not even be replaced. Texts are padded to the
-    longest of the batch, rounded up to `multiple`, or to `max_length` when that is -1.
+    longest of the batch, rounded up to `multiple`, or to `max_length` when that is -1; `lengths` are what each would be
+    padded to by itself.
     """
 
     def __init__(self, tokenizer, max_length: int, multiple: int = 1):
@@ -213,18 +214,23 @@ class Collator:
         if any(image.numel() == 0 for image in images):
             return {"bad_samples": bad_samples}
         text = self.tokenizer(list(captions), truncation=True, max_length=self.max_length)
-        longest = max(map(len, text["input_ids"]))
-        padded = self.max_length
-        if self.multiple > 0:
-            padded = min(math.ceil(longest / self.multiple) * self.multiple, self.max_length)
-        text = self.tokenizer.pad(text, padding="max_length", max_length=padded, return_tensors="pt")
+        lengths = [self._padded(len(tokens)) for tokens in text["input_ids"]]
+        text = self.tokenizer.pad(
+            text, padding="max_length", max_length=max(lengths), padding_side="right", return_tensors="pt"
+        )
         return {
             "pixel_values": torch.stack(images),
             "input_ids": text["input_ids"],
             "attention_mask": text["attention_mask"],
+            "lengths": lengths,
             "sample_ids": torch.tensor(indices),
             "bad_samples": bad_samples,
         }
+
+    def _padded(self, length: int) -> int:
+        if self.multiple < 0:
+            return self.max_length
+        return min(math.ceil(length / self.multiple) * self.multiple, self.max_length)
 
 
 def make_dataloader(pairs, arguments, image_size, collator: Collator, sampler: PairSampler) -> DataLoader:

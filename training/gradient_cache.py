@@ -21,13 +21,14 @@ def cached_backward(
     accelerator: Accelerator,
     encoder: nn.Module,
     objective: Callable[..., ObjectiveOutput],
-    batch: dict[str, Tensor],
+    batch: dict[str, Tensor | list],
     sample_ids: Tensor,
     micro_batch_size: int,
 ) -> tuple[ObjectiveOutput, Tensor]:
     """Adds the batch's gradients to the encoder's parameters; returns (the objective's output, logit scale [])."""
     number = -(-len(sample_ids) // micro_batch_size)
-    parts = [{name: value.split(micro_batch_size)[i] for name, value in batch.items()} for i in range(number)]
+    slices = [slice(i * micro_batch_size, (i + 1) * micro_batch_size) for i in range(number)]
+    parts = [{name: value[part] for name, value in batch.items()} for part in slices]
     random_states, encoded = [], []
     with torch.no_grad():
         for part in parts:

@@ -62,13 +62,14 @@ class Guards:
         self.skipped += skipped
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
 
-    def check_finite(self, logged: dict, batch: dict[str, Tensor]) -> None:
+    def check_finite(self, logged: dict, batch: dict) -> None:
         """Raises `UserError` after `max_skipped_steps` in a row, with what is known; the batch is kept in a file."""
         number = int(self.skipped_in_a_row.item())
         if number < self.arguments.max_skipped_steps:
             return
         file = self.logbook.folder / f"not_finite_{self.rank}.safetensors"
-        save_file({name: value.contiguous().cpu() for name, value in batch.items()}, file)
+        tensors = {name: value.contiguous().cpu() for name, value in batch.items() if isinstance(value, Tensor)}
+        save_file(tensors, file)
         names = ("loss", "logit_scale", "grad_norm", "parameter/vision", "parameter/text")
         known = ", ".join(f"{name} {logged[name]:.4g}" for name in names if name in logged)
         raise UserError(

@@ -108,10 +108,10 @@ class PairEncoder(nn.Module):
 
     def __init__(
         self, model: AmorLIPModel, image_mean: list[float], image_std: list[float], freeze: Iterable[str] = (),
-        patch_dropout: float = 0.0,
+        patch_dropout: float = 0.0, text_groups: int = 1,
     ):  # fmt: skip
         super().__init__()
-        self.model = model
+        self.model, self.text_groups = model, text_groups
         model.amortizer.requires_grad_(False)
         self.frozen = [{"vision": model.vision_model, "text": model.text_model}[name] for name in freeze]
         for encoder in self.frozen:
@@ -128,17 +128,42 @@ class PairEncoder(nn.Module):
             encoder.eval()
         return self
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor):
-        """uint8 [N, 3, H, W], [N, length] twice -> (image_embeds, text_embeds [N, d], scale [], bias [] or None)."""
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, lengths: list[int] | None = None
+    ):
+        """Pixels and tokens to what a loss needs.
+
+        Args:
+            pixel_values: uint8 [N, 3, H, W]. input_ids, attention_mask: [N, length].
+            lengths: tokens that each text needs, for encoding texts in groups of similar length.
+
+        Returns:
+            (image_embeds [N, d], text_embeds [N, d], scale [], bias [] or None).
+        """
         pixels = (pixel_values.float() - self.mean) / self.std
         image_embeds = self.model.get_image_features(pixels).pooler_output
-        text_embeds = self.model.get_text_features(input_ids, attention_mask).pooler_output
+        if lengths is None or self.text_groups == 1:
+            text_embeds = self.model.get_text_features(input_ids, attention_mask).pooler_output
+        else:
+            text_embeds = self._encode_by_length(input_ids, attention_mask, lengths)
         return (
             nn.functional.normalize(image_embeds.float(), dim=-1),
             nn.functional.normalize(text_embeds.float(), dim=-1),
             self.model.logit_scale.exp(),
             self.model.logit_bias,
         )
+
+    def _encode_by_length(self, input_ids: Tensor, attention_mask: Tensor, lengths: list[int]) -> Tensor:
+        """Text embeddings [N, d], each group padded to its own longest. Nothing is read from the device."""
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        rows, parts = torch.tensor(order, device=input_ids.device), []
+        for group in torch.arange(len(order)).tensor_split(self.text_groups):
+            if len(group):
+                chosen, longest = rows[group[0] : group[-1] + 1], lengths[order[group[-1]]]
+                tokens, mask = input_ids[chosen, :longest], attention_mask[chosen, :longest]
+                parts.append(self.model.get_text_features(tokens, mask).pooler_output)
+        embeds = torch.cat(parts)
+        return torch.empty_like(embeds).index_copy(0, rows, embeds)
 
 
 def _drop_patches(vision_model: nn.Module, share: float) -> None:

@@ -116,8 +116,9 @@ class Trainer:
         self.dataloader = make_dataloader(pairs, arguments, image_size, self.collator, self.sampler)
 
         encoder = PairEncoder(
-            model, image_processor.image_mean, image_processor.image_std, arguments.freeze, arguments.patch_dropout
-        )
+            model, image_processor.image_mean, image_processor.image_std, arguments.freeze, arguments.patch_dropout,
+            arguments.text_groups,
+        )  # fmt: skip
         if arguments.channels_last:
             encoder.to(memory_format=torch.channels_last)
         if arguments.compile:
@@ -255,7 +256,10 @@ class Trainer:
         group of parameters, of gradients before they are clipped.
         """
         arguments, accelerator = self.arguments, self.accelerator
-        batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+        batch = {
+            key: value.to(accelerator.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()
+        }
         sample_ids = batch.pop("sample_ids")
         if arguments.micro_batch_size:
             output, logit_scale = cached_backward(
@@ -365,7 +369,7 @@ class Trainer:
         waited = self._data_wait
         self._begin_interval()
         rate = steps * self.sampler.global_batch_size / elapsed
-        tokens = batch["input_ids"].numel()
+        tokens = batch["input_ids"].numel() if self.arguments.text_groups == 1 else sum(batch["lengths"])
         logged = {
             "step": self.state.step,
             "epoch": epoch,
