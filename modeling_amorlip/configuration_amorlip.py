@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
+POOLINGS = {"vision": ("pooler", "cls", "mean"), "text": ("pooler", "cls", "mean", "eos", "last")}
 HEAD_TYPES = ("residual_mlp", "prototype", "random_features", "queue")
 
 
@@ -88,6 +90,12 @@ class AmorLIPConfig(PreTrainedConfig):
         text_config (`dict` or `PreTrainedConfig`, *optional*): any Transformers text encoder's configuration. Defaults
             to `CLIPTextConfig()`.
         amortizer_config (`dict` or `AmorLIPAmortizerConfig`, *optional*): the amortizer heads.
+        vision_pooling (`str`, *optional*): how tokens become one embedding: `"pooler"`, by the encoder itself, as CLIP
+            (CLS), SigLIP (attention) and DINOv2 (CLS) do; `"cls"`, the first token; `"mean"`. Without it, what suits
+            the encoder.
+        text_pooling (`str`, *optional*): as before, or `"eos"`, the first end-of-text token, or `"last"`, the last
+            token. Padding does not count. Without it, what suits the encoder: its own for CLIP and SigLIP, `"last"` for
+            causal language models, `"mean"` for others.
         projection_dim (`int`, defaults to 512): d, the size of the shared embedding space.
         vision_projection, text_projection (`bool`, *optional*): whether a linear layer takes the encoder's pooled
             output there; without it, the pooled output is the embedding. Defaults to `True`, but for an encoder whose
@@ -110,6 +118,8 @@ class AmorLIPConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     amortizer_config: dict | PreTrainedConfig | None = None
+    vision_pooling: str | None = None
+    text_pooling: str | None = None
     projection_dim: int = 512
     vision_projection: bool | None = None
     text_projection: bool | None = None
@@ -121,6 +131,8 @@ class AmorLIPConfig(PreTrainedConfig):
         self.text_config = _encoder_config(self.text_config, "text_config", "clip_text_model")
         if not isinstance(self.amortizer_config, AmorLIPAmortizerConfig):
             self.amortizer_config = AmorLIPAmortizerConfig(**_as_dict(self.amortizer_config))
+        self.vision_pooling = self.vision_pooling or _vision_pooling(self.vision_config)
+        self.text_pooling = self.text_pooling or _text_pooling(self.text_config)
         for side in ("vision", "text"):
             if getattr(self, f"{side}_projection") is None:
                 output_dim = getattr(getattr(self, f"{side}_config"), "output_dim", None)
@@ -131,6 +143,11 @@ class AmorLIPConfig(PreTrainedConfig):
         """Part of `@strict`-powered validation."""
         if self.projection_dim < 1:
             raise ValueError(f"projection_dim is {self.projection_dim}; it must be at least 1.")
+        for side, poolings in POOLINGS.items():
+            if (pooling := getattr(self, f"{side}_pooling")) not in poolings:
+                raise ValueError(f"{side}_pooling is {pooling!r}; choose one of {poolings}.")
+        if self.text_pooling == "eos" and not isinstance(end := self.text_config.eos_token_id, int):
+            raise ValueError(f"text_pooling is 'eos' and text_config.eos_token_id is {end}; set it to the tokenizer's.")
         image_size = getattr(self.vision_config, "image_size", None)
         patch_size = getattr(self.vision_config, "patch_size", None)
         if isinstance(image_size, int) and isinstance(patch_size, int) and image_size % patch_size:
@@ -161,6 +178,24 @@ def _encoder_config(config: dict | PreTrainedConfig | None, field: str, default_
                 f"name an encoder such as {default_type!r}."
             ) from None
         raise ValueError(f"{field}: {error}") from None
+
+
+def _vision_pooling(config: PreTrainedConfig) -> str:
+    if config.model_type in ("deit", "vit", "vit_msn"):
+        return "cls"  # their pooler, if there is one, is fresh in most checkpoints
+    # And these have none, nor a CLS token that is trained.
+    without = ("data2vec-vision", "ijepa", "poolformer", "pvt_v2", "segformer")
+    return "mean" if config.model_type in without else "pooler"
+
+
+def _text_pooling(config: PreTrainedConfig) -> str:
+    name = config.model_type
+    if name in ("clip_text_model", "siglip_text_model", "siglip2_text_model"):
+        return "pooler"
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "last"
+    # BERT and its kin have a pooler for the next-sentence task; the mean is what sentence encoders are trained with.
+    return "mean"
 
 
 # Here rather than in the package: a folder loaded with trust_remote_code has no package.

@@ -1,0 +1,201 @@
+"""The two encoders of a model: built, loaded, and pooled to one vector an image or a text.
+
+    encoder = load_encoder("sentence-transformers/all-MiniLM-L6-v2", "text")
+    pooled = encode_texts(encoder, "mean", input_ids, attention_mask).pooler_output  # [T, width]
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Siglip2TextModel,
+    SiglipTextModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from .configuration_amorlip import AmorLIPConfig
+from .resnet_amorlip import AmorLIPResNetModel
+
+
+# Ours, by name: to a folder's code loaded with trust_remote_code, configurations come from another copy of it, so that
+# AutoModel would not know their class. And SigLIP's texts, which Transformers itself builds only inside of SigLIP.
+ENCODERS = {
+    "amorlip_resnet": AmorLIPResNetModel,
+    "siglip_text_model": SiglipTextModel,
+    "siglip2_text_model": Siglip2TextModel,
+}
+
+
+def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
+    """The `"vision"` or `"text"` encoder of a model with fresh weights, in the default dtype."""
+    config, pooling = getattr(config, f"{side}_config"), getattr(config, f"{side}_pooling")
+    if config.dtype is not None:  # remembered from a checkpoint that the configuration came with
+        config.dtype = torch.get_default_dtype()
+    model_class = _encoder_class(config)
+    build = getattr(model_class, "_from_config", None) or model_class.from_config  # the latter is an Auto class's
+    encoder = build(config)
+    # Parameters that no gradient reaches have DistributedDataParallel wait for one: poolers that are not asked, and
+    # what masked pretraining puts in the place of patches.
+    pooler = getattr(encoder, "pooler", None)
+    if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
+        encoder.pooler = None
+    for module in encoder.modules():
+        if isinstance(token := getattr(module, "mask_token", None), nn.Parameter):
+            del module.mask_token
+            module.register_buffer("mask_token", token.detach())
+    return encoder
+
+
+def build_projection(config: AmorLIPConfig, side: str) -> nn.Module:
+    """From the encoder's pooled output [N, width] to the shared space [N, d]."""
+    size = pooled_size(config, side)
+    if getattr(config, f"{side}_projection"):
+        return nn.Linear(size, config.projection_dim, bias=False)
+    if size != config.projection_dim:
+        raise ValueError(
+            f"{side}_projection is False, but the {side} encoder gives {size} numbers and projection_dim is "
+            f"{config.projection_dim}: make them equal, or let {side}_projection be True."
+        )
+    return nn.Identity()
+
+
+def pooled_size(config: AmorLIPConfig, side: str) -> int:
+    """Width of an encoder's pooled output; hierarchical encoders list a width a stage."""
+    config, pooling = getattr(config, f"{side}_config"), getattr(config, f"{side}_pooling")
+    if pooling == "pooler" and hasattr(config, "projection_size"):  # SigLIP's texts
+        return config.projection_size
+    if hasattr(config, "hidden_sizes"):
+        return config.hidden_sizes[-1]
+    if not hasattr(config, "hidden_size"):
+        raise ValueError(f"{side}_config ({config.model_type}) has no hidden_size; set it to the pooled width.")
+    return config.hidden_size
+
+
+def load_encoder(source: str | os.PathLike | PreTrainedModel, side: str) -> PreTrainedModel:
+    """
+    A trained encoder in float32.
+
+    Args:
+        source: a folder, a name on the Hub or a model. A dual encoder such as CLIP gives its tower of that side.
+        side: `"vision"` or `"text"`.
+    """
+    if not isinstance(source, PreTrainedModel):
+        config = AutoConfig.from_pretrained(source)
+        source = _encoder_class(config).from_pretrained(source, dtype=torch.float32)
+    return getattr(source, f"{side}_model", source)
+
+
+def encode_images(
+    encoder: PreTrainedModel, pooling: str, pixel_values: Tensor, **kwargs
+) -> BaseModelOutputWithPooling:
+    """The encoder's output for [I, channels, height, width], `pooler_output` [I, width] being pooled as asked."""
+    outputs = encoder(pixel_values=pixel_values.to(encoder.dtype), **kwargs)  # processors make float32
+    return _with_pooling(outputs, pool(outputs, pooling))
+
+
+def encode_texts(
+    encoder: PreTrainedModel,
+    pooling: str,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    **kwargs,
+) -> BaseModelOutputWithPooling:
+    """The encoder's output for [T, length], padded on either side, `pooler_output` [T, width] being pooled as asked."""
+    if attention_mask is not None:
+        attention_mask, input_ids, token_type_ids = pad_right(attention_mask, input_ids, token_type_ids)
+    if token_type_ids is not None:
+        kwargs["token_type_ids"] = token_type_ids
+    outputs = encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+    is_end = input_ids == encoder.config.eos_token_id if pooling == "eos" else None
+    return _with_pooling(outputs, pool(outputs, pooling, attention_mask, is_end))
+
+
+def pool(
+    outputs: ModelOutput, pooling: str, attention_mask: Tensor | None = None, is_end: Tensor | None = None
+) -> Tensor:
+    """
+    One vector a sample, [N, width].
+
+    Args:
+        outputs: of the encoder; `last_hidden_state` is [N, length, width], or feature maps [N, width, ...].
+        pooling: `"pooler"`, the encoder's own `pooler_output`; `"cls"`, the first token; `"mean"` over the attended
+            tokens; `"last"`, the last attended token; `"eos"`, the first end-of-text token, or the last without one.
+        attention_mask: [N, length], 1 for tokens; without it all are.
+        is_end: [N, length], true at end-of-text tokens; for `"eos"`.
+
+    Raises:
+        ValueError: the encoder gives no `pooler_output`, or feature maps where tokens are needed.
+    """
+    if pooling == "pooler":
+        if (pooled := outputs.get("pooler_output")) is None:
+            raise ValueError("The encoder gives no pooler_output: set its pooling to 'cls', 'mean', 'eos' or 'last'.")
+        return pooled.flatten(1)  # some encoders pool to [N, C, 1, 1]
+    hidden = outputs.last_hidden_state
+    if hidden.ndim != 3:
+        if pooling == "mean":
+            return hidden.flatten(2).mean(-1)
+        raise ValueError(f"The encoder gives feature maps, which have no {pooling!r} token: set its pooling to 'mean'.")
+    if pooling == "cls":
+        return hidden[:, 0]
+    if attention_mask is None:
+        attention_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    if pooling == "mean":
+        weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1)
+    position = (attention_mask * torch.arange(1, hidden.shape[1] + 1, device=hidden.device)).argmax(1)
+    if pooling == "eos":
+        is_end = is_end & (attention_mask != 0)
+        position = torch.where(is_end.any(1), is_end.int().argmax(1), position)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), position]
+
+
+def pad_right(attention_mask: Tensor, *tokens: Tensor | None) -> tuple[Tensor | None, ...]:
+    """
+    Rolls the rows of a mask and of what belongs to it, [T, length] each, until padding on the left is on the right.
+
+    Encoders with absolute positions expect it there, and so does CLIP's search for the first end of text where that is
+    the padding token too. Rows padded on the right stay as they are.
+    """
+    length = attention_mask.shape[1]
+    start = attention_mask.int().argmax(1, keepdim=True)
+    order = torch.arange(length, device=attention_mask.device) + start
+    order = torch.where(order < length, order, order - length)  # ONNX export knows no remainder by a dynamic length
+    return tuple(None if rows is None else rows.gather(1, order) for rows in (attention_mask, *tokens))
+
+
+def _with_pooling(outputs: ModelOutput, pooled: Tensor) -> BaseModelOutputWithPooling:
+    return BaseModelOutputWithPooling(
+        last_hidden_state=outputs.last_hidden_state,
+        pooler_output=pooled,
+        hidden_states=outputs.get("hidden_states"),
+        attentions=outputs.get("attentions"),
+    )
+
+
+def _encoder_class(config: PreTrainedConfig) -> type:
+    # AutoModelForTextEncoding gives the encoder alone of an encoder-decoder such as T5.
+    auto = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+    return ENCODERS.get(config.model_type, auto)
+
+
+__all__ = [
+    "build_encoder",
+    "build_projection",
+    "encode_images",
+    "encode_texts",
+    "load_encoder",
+    "pad_right",
+    "pool",
+    "pooled_size",
+]
