@@ -51,6 +51,7 @@ setup(
         "dev": [
             "amorlip[export,lora]",
             "pytest",  # tests
+            "pytest-xdist",  # on as many cores as there are
             "scikit-learn",  # metrics to test ours against, and digits as real images
             "ruff",  # lint
             "selenium",  # the demo in a browser, where there is one

@@ -1,5 +1,6 @@
 """What goes wrong in long runs: files, disks, processes and numbers. Nothing that was learned is to be lost."""
 
+import contextlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import zlib
 from pathlib import Path
 
 import datasets
+import psutil
 import pytest
 import torch
 from conftest import ROOT, pretrain, with_threads
@@ -278,7 +280,7 @@ def test_kills_at_random_moments_leave_no_trace(recipe, rows, tmp_path, kills):
     done = again = 0
     for kill in range(kills):
         resume = ["--resume_from_checkpoint", "latest"] if (killed / "run_config.yaml").exists() else []
-        process = subprocess.Popen([*command, str(killed), *resume], start_new_session=True, **options)
+        process = subprocess.Popen([*command, str(killed), *resume], **options)
         goal = done + random.randint(1, max(1, 2 * (total - done) // (kills - kill + 1)))
         deadline = time.time() + 120
         while done < goal and process.poll() is None and time.time() < deadline:
@@ -288,7 +290,12 @@ def test_kills_at_random_moments_leave_no_trace(recipe, rows, tmp_path, kills):
         if process.poll() is None:
             time.sleep(random.random() / 20)
             again += 1
-            os.killpg(process.pid, signal.SIGKILL)
+            launcher = psutil.Process(process.pid)
+            family = [launcher, *launcher.children(recursive=True)]  # torchrun's processes have sessions of their own
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            psutil.wait_procs(family[1:], timeout=30)
         process.wait()
     assert again >= kills - 1, "runs ended before they were killed"
     assert subprocess.run([*command, str(killed), "--resume_from_checkpoint", "latest"], **options).returncode == 0

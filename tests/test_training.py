@@ -257,3 +257,14 @@ def test_a_recipe_needs_its_two_paths():
 
     with pytest.raises(UserError, match="train_data is not set"):
         PretrainArguments(output_dir="x")
+
+
+def test_sharded_models_are_refused(recipe, monkeypatch):
+    from accelerate import Accelerator, DistributedType
+
+    from eval.errors import UserError
+    from training.trainer import Trainer
+
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(UserError, match="set up for FSDP; here every process has a whole model"):
+        Trainer(parse_arguments(["--config", str(recipe())]))

@@ -295,6 +295,8 @@ class Trainer:
         if accelerator.scaler is None:
             self.guards.count(skip_if_not_finite(self.optimizer.optimizer, grad_norm))
         self.optimizer.step()
+        if accelerator.scaler is not None:  # which waits for the device in any case
+            self.guards.count(torch.tensor(float(self.optimizer.step_was_skipped), device=accelerator.device))
         self.optimizer.zero_grad()
         if logs:
             metrics |= norms_by_group(self.model, old) | {"skipped_steps": self.guards.skipped}
