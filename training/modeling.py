@@ -122,10 +122,13 @@ class PairEncoder(nn.Module):
         self.std = nn.Buffer(255 * torch.tensor(image_std).view(3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> PairEncoder:
-        """As any module's, but frozen encoders stay as they are in evaluation."""
+        """As any module's, but frozen encoders, and statistics of frozen batch normalisations, stay as they are."""
         super().train(mode)
         for encoder in self.frozen:
             encoder.eval()
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+                module.train(mode and module.weight.requires_grad)
         return self
 
     def forward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_amorlip import AmorLIPModel
@@ -17,21 +18,22 @@ PEAKS = {
 
 class FlopMeter:
     """
-    FLOPs of training steps: forward once and backward twice of each encoder that is trained.
+    FLOPs of training steps: forward once and backward twice, for gradients by activations and by weights, of each
+    encoder that is trained; once where only adapters are; not at all where nothing is.
 
     Args:
-        image_size: of training images. context: longest text. frozen: encoders without a backward pass.
+        image_size: of training images. context: longest text.
         patch_dropout: share of patches that are not computed.
     """
 
-    def __init__(self, model: AmorLIPModel, image_size: int, context: int, frozen=(), patch_dropout: float = 0.0):
+    def __init__(self, model: AmorLIPModel, image_size: int, context: int, patch_dropout: float = 0.0):
         device = model.logit_scale.device
         image = torch.zeros(1, 3, image_size, image_size, device=device, dtype=model.dtype)
         text = torch.zeros(1, context, dtype=torch.long, device=device)
         text[:, -1] = model.config.text_config.eos_token_id or 0
         vision = _count(model, lambda: model.get_image_features(image))
-        self.per_image = vision * (1 - patch_dropout) * (1 if "vision" in frozen else 3)
-        self.per_token = _count(model, lambda: model.get_text_features(text)) / context * (1 if "text" in frozen else 3)
+        self.per_image = vision * (1 - patch_dropout) * _passes(model.vision_model)
+        self.per_token = _count(model, lambda: model.get_text_features(text)) / context * _passes(model.text_model)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((peak for part, peak in PEAKS.items() if part in name), None)
 
@@ -39,6 +41,12 @@ class FlopMeter:
         """{"tflops_per_second", and "mfu" where the device's peak is known} of one process's step."""
         rate = (images * self.per_image + tokens * self.per_token) / seconds
         return {"tflops_per_second": rate / 1e12} | ({"mfu": rate / self.peak} if self.peak else {})
+
+
+def _passes(encoder: nn.Module) -> int:
+    """How often an encoder's products are computed in a step, forward and backward."""
+    trained = [parameter.requires_grad for parameter in encoder.parameters()]
+    return 1 + any(trained) + all(trained)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from .gradient_cache import cached_backward
 from .guards import Guards
 from .interruption import Interruption, meet_lost_workers_when_asked
 from .logbook import Logbook, flat
+from .lora import add_adapters, save_adapted
 from .modeling import PairEncoder, build_model
 from .objectives import OBJECTIVES, ObjectiveOutput
 from .optimization import make_optimizer, norms_by_group, set_learning_rates, settle_logit_scale, skip_if_not_finite
@@ -64,7 +65,7 @@ class Trainer:
         for name, value in objective_class.model_defaults.items():
             if getattr(arguments, name) in (None, {}):
                 setattr(arguments, name, value)
-        augmentation = arguments.parsed_augmentation
+        augmentation, lora = arguments.parsed_augmentation, arguments.parsed_lora
         self.tasks = [load_task(name) for name in arguments.eval_tasks]
 
         self.accelerator = Accelerator(
@@ -85,6 +86,7 @@ class Trainer:
         model, self.processor = build_model(
             arguments, pairs.captions(), self.output_dir if checkpoint is not None else None
         )
+        self.adapted = add_adapters(model, lora, arguments.freeze) if lora else None
         if arguments.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.model = model
@@ -151,7 +153,7 @@ class Trainer:
         self.guards = Guards(
             arguments, self.logbook, self.accelerator.process_index, self.state.skipped_steps, self.accelerator.device
         )
-        self.flops = FlopMeter(model, image_size, context, arguments.freeze, arguments.patch_dropout)
+        self.flops = FlopMeter(model, image_size, context, arguments.patch_dropout)
         self._announce(len(pairs), checkpoint, augmentation)
         for part in pairs.parts:
             for shard, damage in getattr(part, "damage", {}).items():
@@ -321,11 +323,17 @@ class Trainer:
     # -- saving and evaluating -----------------------------------------------------------------------------------------
 
     def save_model(self, folder: Path | None = None) -> None:
-        """Model and processor in `output_dir` or another folder, as `AutoModel.from_pretrained` reads them."""
+        """Model and processor in `output_dir` or another folder, as `AutoModel.from_pretrained` reads them.
+
+        With `lora` it is the merged model, and the adapters lie beside it in `adapter/`.
+        """
         if self.objective.amortizer is not None:
             self.model.amortizer.load_state_dict(self.objective.amortizer.state_dict())
         if self.accelerator.is_main_process:
-            self.model.save_pretrained(folder or self.output_dir)
+            if self.adapted is None:
+                self.model.save_pretrained(folder or self.output_dir)
+            else:
+                save_adapted(self.adapted, folder or self.output_dir)
             if folder:
                 self.processor.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
@@ -408,6 +416,9 @@ class Trainer:
         arguments, accelerator, model = self.arguments, self.accelerator, self.model
         towers = {"image": model.vision_model, "text": model.text_model, "amortizer": model.amortizer}
         sizes = ", ".join(f"{name} {sum(p.numel() for p in m.parameters()) / 1e6:.2f} M" for name, m in towers.items())
+        if self.adapted is not None:
+            trained = sum(p.numel() for p in self.encoder.parameters() if p.requires_grad)
+            sizes += f"; {trained / 1e6:.3f} M of adapters are trained"
         steps = f"{self.total_steps} steps ({self.total_steps / self.sampler.steps_per_epoch:.1f} epochs)"
         accelerator.print(
             f"Device      {accelerator.device} x {accelerator.num_processes} "
