@@ -57,6 +57,16 @@ def batch_estimates(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     return log_z - torch.tensor(len(x) - 1 + POSITIVE_WEIGHT).log()
 
 
+def batch_error(x: Tensor, y: Tensor, scale: Tensor, exact: Tensor, batch_size: int) -> float:
+    """`error` of what batches say of their own samples."""
+    estimates = torch.zeros_like(exact)
+    seen = list(batches(len(x), batch_size, 1))
+    for rows in seen:
+        estimates[:, rows] = batch_estimates(x[rows], y[rows], scale)
+    seen = torch.cat(seen)
+    return error(estimates[:, seen], exact[:, seen])
+
+
 def learn(config, x: Tensor, y: Tensor, scale: Tensor, objective: str, arguments: argparse.Namespace) -> Tensor:
     """Predictions [2, N] of a head that was fitted to batches, as the moving average of its weights."""
     torch.manual_seed(0)
@@ -111,11 +121,7 @@ def main() -> int:
     scale = model.logit_scale.detach().exp()
     exact = exact_log_partitions(x, y, scale)
     spread = error(torch.zeros_like(exact), exact)
-    estimates = torch.zeros_like(exact)
-    for chosen in batches(len(x), arguments.batch_size, 1):
-        estimates[:, chosen] = batch_estimates(x[chosen], y[chosen], scale)
-    seen = torch.cat(list(batches(len(x), arguments.batch_size, 1)))
-    baseline = error(estimates[:, seen], exact[:, seen])
+    baseline = batch_error(x, y, scale, exact, arguments.batch_size)
     print(f"{len(x)} pairs, logit scale {scale:.1f}; exact log-partitions vary by {spread:.3f} nats (rms)")
     print(f"{'head':<18} {'objective':<10} {'rms error':>9} {'/ batch':>8}")
     print(f"{'batch estimate':<18} {'':<10} {baseline:9.3f} {1:8.2f}", flush=True)
