@@ -31,9 +31,10 @@ class AmorLIPObjective(ContrastiveObjective):
     Alternates between fitting the amortizer (Stage I) and training the encoders against it (Stage II).
 
     Three copies of the heads: `online` is fitted by Adam, `target` follows it as a moving average, `previous` is the
-    target as it stood when the epoch before ended. Heads predict the logarithm of a *mean*; adding `log_count` turns it
-    into the sum over pairs that `log_partitions` returns. Fresh heads start at the mean of their first targets:
-    where the paper lets them drift there, a start at 0 would divide by a wrong constant for hundreds of steps.
+    target as it stood when the epoch before ended; where heads are not fitted anew, the target itself takes its place.
+    Heads predict the logarithm of a *mean*; adding `log_count` turns it into the sum over pairs that `log_partitions`
+    returns. Fresh heads start at the mean of their first targets: where the paper lets them drift there, a start at 0
+    would divide by a wrong constant for hundreds of steps.
     """
 
     @dataclass
@@ -48,7 +49,7 @@ class AmorLIPObjective(ContrastiveObjective):
         online_every: int = 1  # T_online, steps between fits
         target_every: int = 2  # T_target, steps between updates of the target heads
         ema_decay: float = 0.92  # alpha
-        beta: float = 0.8  # beta_T, share of the previous epoch's heads in the blended target
+        beta: float = 0.8  # beta_T, share of the previous heads in the blended target
         beta_decay_epochs: int = 10  # T, epochs until beta is reached
         reinitialize: bool = True  # fresh online and target heads every epoch
         amortizer_learning_rate: float = 1e-3
@@ -123,9 +124,10 @@ class AmorLIPObjective(ContrastiveObjective):
                 log_z = log_partitions(image_embeds, text_embeds, logit_scale, **batch)
                 log_targets = log_z
                 if self.beta > 0:
+                    known = self.previous if settings.reinitialize else self.target
                     log_targets = [
                         blend_log_targets(previous, estimate, self.beta)
-                        for previous, estimate in zip(predict(self.previous), log_z, strict=True)
+                        for previous, estimate in zip(predict(known), log_z, strict=True)
                     ]
         # 2. Stage I: fit the online heads; the target heads follow.
         if fits:
