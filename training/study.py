@@ -42,7 +42,7 @@ import yaml  # noqa: E402
 
 from eval.errors import UserError  # noqa: E402
 from eval.tasks import ROOT, Task, select_tasks  # noqa: E402
-from training.arguments import build, unknown_name  # noqa: E402
+from training.arguments import PretrainArguments, build, unknown_name  # noqa: E402
 from training.study_results import draw_results, measure, results_table  # noqa: E402
 
 
@@ -176,7 +176,8 @@ class Harness:
                 target = target.setdefault(parent, {})
             target[leaf] = copy.deepcopy(value)
         for name in SCALED_WITH_BATCH:
-            values[name] = float(values[name]) * math.sqrt(run.batch_size / study.tuning_batch_size)
+            rate = float(values.get(name, getattr(PretrainArguments, name)))
+            values[name] = rate * math.sqrt(run.batch_size / study.tuning_batch_size)
         steps = int(values["num_train_epochs"]) * study.samples_per_epoch // run.batch_size
         values |= {
             "output_dir": str(self.folder(run)),
