@@ -46,8 +46,9 @@ def fit_amortizer(
 ) -> None:  # fmt: skip
     """Gives the model heads of that configuration, fitted to log-partitions over a sample.
 
-    The target of a text is exact, the log-mean-exp of its logits with all images of the sample, and the other way
-    round; a step takes `batch_size` texts and images, with the conjugate objective. A queue just takes the sample in.
+    Their size is cut to the number of images or of texts where it is above it. The target of a text is exact, the
+    log-mean-exp of its logits with all images of the sample, and the other way round; a step takes `batch_size` texts
+    and images, with the conjugate objective. A queue just takes the sample in.
 
     Args:
         images: [I, d], texts: [T, d], unit norm: embeddings of the sample.
@@ -56,7 +57,11 @@ def fit_amortizer(
     bias = torch.zeros(()) if model.logit_bias is None else model.logit_bias.detach().float().cpu()
     log_rows, log_columns = log_sum_exps(images, texts, scale, bias, 0, 1.0, 1024)
     targets = log_rows - torch.tensor(len(texts)).log(), log_columns - torch.tensor(len(images)).log()
-    model.config.amortizer_config = config
+    # Rings larger than the sample would hold some of it twice.
+    size = min(config.size, len(images), len(texts))
+    model.config.amortizer_config = AmorLIPAmortizerConfig(
+        head_type=config.head_type, size=size, width_factor=config.width_factor
+    )
     heads = AmorLIPAmortizer(model.config)
     for head, others in ((heads.image_head, texts), (heads.text_head, images)):
         if heads.observes:  # in random order: a ring smaller than the sample keeps the last of it
