@@ -54,9 +54,10 @@ def encode_texts(model, processor, texts: Iterable[str], batch_size: int = 256) 
 
 def stream_texts(model, processor, texts: Iterable[str], batch_size: int = 256) -> Iterator[Tensor]:
     """As `encode_texts`, a batch at a time."""
-    # SigLIP was trained on texts padded to its context, without a mask.
-    padding = "max_length" if model.config.model_type.startswith("siglip") else True
-    context = model.config.text_config.max_position_embeddings
+    text_config = model.config.text_config
+    # SigLIP was trained on texts padded to its context, without a mask; its text tower may be part of our model too.
+    padding = "max_length" if getattr(text_config, "model_type", "").startswith("siglip") else True
+    context = text_config.max_position_embeddings
 
     def prepare(batch):
         return processor.tokenizer(batch, padding=padding, truncation=True, max_length=context, return_tensors="pt")

@@ -1,15 +1,18 @@
 """Heads fitted to a sample of a gallery: against exact partitions, and as a user fits them."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import DEMO, pretrain, run
 from safetensors.torch import load_file
-from transformers import AutoModel, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import AutoModel, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, SiglipConfig, SiglipModel
 
+from eval.encode import encode_texts
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel
 from modeling_amorlip.configuration_amorlip import AmorLIPAmortizerConfig
+from modeling_amorlip.convert_clip_to_amorlip import convert
 from training.calibrate import fit_amortizer
 from training.modeling import train_tokenizer
 
@@ -37,7 +40,8 @@ def test_heads_come_near_the_exact_partitions(head_type, size, share, bias):
     towers = {"vision_config": {**TOWER, "image_size": 32, "patch_size": 16}, "text_config": {**TOWER, "vocab_size": 9}}
     model = AmorLIPModel(AmorLIPConfig(**towers, projection_dim=16, logit_bias_init_value=bias))
     model.logit_scale.data.fill_(math.log(12))
-    fit_amortizer(model, images, texts, AmorLIPAmortizerConfig(head_type=head_type, size=size), steps=400)
+    config = AmorLIPAmortizerConfig(head_type=head_type, size=size)
+    fit_amortizer(model, images, texts, config, steps=400, batch_size=64)
     with torch.no_grad():
         found = model.amortizer(images, texts, model.logit_scale.exp(), model.logit_bias)
     for prediction, ours, others in zip(found, (images, texts), (texts, images), strict=True):
@@ -88,6 +92,17 @@ def test_command_line_converts_clip_and_takes_pairs(demo_rows, small_data, tmp_p
     assert result.returncode == 0, result.stderr
     assert any(name.startswith("amortizer") for name in load_file(tmp_path / "ours/model.safetensors"))
     assert isinstance(AutoModel.from_pretrained(tmp_path / "ours"), AmorLIPModel)
+
+
+def test_texts_of_a_converted_siglip_are_encoded_as_its_own(demo_rows, tmp_path):
+    tokenizer = train_tokenizer(demo_rows["caption"], 600)
+    text = {**TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_size": 32}
+    vision = {**TOWER, "image_size": 32, "patch_size": 16}
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).eval()
+    model.save_pretrained(tmp_path)
+    processor, texts = SimpleNamespace(tokenizer=tokenizer), ["a red heart", "a man with a very long coat"]
+    ours = encode_texts(convert(tmp_path).model, processor, texts)
+    torch.testing.assert_close(ours, encode_texts(model, processor, texts), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -115,25 +115,32 @@ def test_neuclip_equals_brute_force():
         assert_close(gradient, reference, 5e-5, "gradient")
 
 
-@pytest.mark.parametrize("source", ["target_network", "online", "blended", "batch"])
-def test_amorlip_equals_brute_force(source):
+@pytest.mark.parametrize(
+    ("source", "reinitialize"),
+    [("target_network", True), ("online", True), ("blended", True), ("blended", False), ("batch", True)],
+)
+def test_amorlip_equals_brute_force(source, reinitialize):
     """Algorithm 1's Stage II, with lambda taken from where it is said to come from."""
-    objective = make_objective("amorlip", {"partition_source": source, "rho": 2.0, "beta_decay_epochs": 1})
+    settings = {"partition_source": source, "reinitialize": reinitialize, "rho": 2.0, "beta_decay_epochs": 1, "target_every": 1}
+    objective = make_objective("amorlip", settings)
     batch = make_batch(40, d=D, scale=20.0, bias=0.5, dtype=torch.float32)
     objective.on_epoch_start(0, 10)
     objective(*batch)
     objective.on_epoch_start(1, 10)
     assert objective.beta == pytest.approx(0.8)
+    objective(*batch)  # so that target and previous heads differ
     doubles = [leaf.detach().double().requires_grad_() for leaf in batch]
     x, y, s, b = doubles
     log_z = brute_force_log_partitions(x, y, s, b)
     log_count = math.log(40 - 1 + 1e-3)
+    # Without re-initialisation the blend takes the target heads as this step finds them.
+    known = copy.deepcopy(objective.previous if reinitialize else objective.target)
     loss = objective(*batch).loss
     with torch.no_grad():
         if source == "batch":
             log_lambda = log_z
         elif source == "blended":
-            previous = objective.previous(batch[0], batch[1], batch[2])
+            previous = known(batch[0], batch[1], batch[2])
             log_lambda = [
                 (0.8 * (p.double() + log_count).exp() + 0.2 * z.exp()).log()
                 for p, z in zip(previous, log_z, strict=True)
