@@ -121,8 +121,8 @@ def test_neuclip_equals_brute_force():
 )
 def test_amorlip_equals_brute_force(source, reinitialize):
     """Algorithm 1's Stage II, with lambda taken from where it is said to come from."""
-    settings = {"partition_source": source, "reinitialize": reinitialize, "rho": 2.0, "beta_decay_epochs": 1, "target_every": 1}
-    objective = make_objective("amorlip", settings)
+    settings = {"rho": 2.0, "beta_decay_epochs": 1, "target_every": 1}
+    objective = make_objective("amorlip", {"partition_source": source, "reinitialize": reinitialize, **settings})
     batch = make_batch(40, d=D, scale=20.0, bias=0.5, dtype=torch.float32)
     objective.on_epoch_start(0, 10)
     objective(*batch)
