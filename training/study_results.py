@@ -22,7 +22,8 @@ def measure(folder: Path, tasks: list[Task], batch_size: int) -> dict:
     Returns:
         "tasks": main metrics as fractions, {task: {scoring: value}}; "curve": the same by cosine during training;
         "partition": the heads' error against the exact log-partitions over the training set, see
-        eval/benchmarks/heads.py; "logit_scale": at the end.
+        eval/benchmarks/heads.py; "logit_scale": at the end; "calibrated": what training/calibrate.py brings where it is
+        fitted to a half of a task's images, 1000 at most, accuracies over the others, {task: {scoring: value}}.
     """
     import datasets  # late, with torch below: a study that only writes its table need not wait for them
     import torch
@@ -30,15 +31,18 @@ def measure(folder: Path, tasks: list[Task], batch_size: int) -> dict:
     from eval.benchmarks.heads import batch_error, error, exact_log_partitions
     from eval.encode import encode_images, encode_texts
     from eval.evaluators import evaluate_task
+    from eval.reading import find_data
     from eval.run import load_model
+    from modeling_amorlip.configuration_amorlip import AmorLIPAmortizerConfig
+    from training.calibrate import calibrate
 
     torch.set_num_threads(1)
     model, processor = load_model(str(folder))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    result = {"tasks": {}, "curve": _curve(folder, tasks)}
+    result, sizes = {"tasks": {}, "curve": _curve(folder, tasks)}, {}
     for task in tasks:
         entry = evaluate_task(model, processor, task, scorings=("cosine", "gallery"), resamples=0)
-        values = {"cosine": entry["metrics"], **entry["scoring"]}
+        values, sizes[task] = {"cosine": entry["metrics"], **entry["scoring"]}, entry["num_samples"]
         result["tasks"][task.name] = {name: metrics[task.main_metric]["value"] for name, metrics in values.items()}
 
     recipe = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))["arguments"]
@@ -57,6 +61,11 @@ def measure(folder: Path, tasks: list[Task], batch_size: int) -> dict:
             predictions = torch.stack(model.amortizer.cpu()(x, y, scale))
         result["partition"]["head_error"] = error(predictions, exact)
         result["partition"]["head_bias"] = (predictions - exact).mean().item()
+    heads = AmorLIPAmortizerConfig(head_type="prototype", size=256)
+    result["calibrated"] = {
+        task.name: calibrate(model, processor, find_data(task, folder), heads, min(1000, size // 2), steps=300)
+        for task, size in sizes.items()
+    }
     return result | {"logit_scale": scale.item(), "samples_seen": last["samples_seen"]}
 
 
@@ -76,9 +85,10 @@ def results_table(
 ) -> str:
     """A Markdown table, a row a method and batch size: per cent, mean ± standard deviation over seeds.
 
-    `mean` is that of the report tasks; `over ...` is paired by seed, its lowest seed in brackets; `gallery` is what
-    scoring with the exact partition over the gallery adds to the mean. `head / batch` is the heads' partition error
-    relative to that of a batch's own estimate.
+    `mean` is that of the report tasks; `over ...` is paired by seed, its lowest seed in brackets. `gallery` and
+    `amortized` are points that scoring with partition functions adds to the mean, exact ones and those of heads fitted
+    to other images of the gallery. `head / batch` is the error of the heads at the end of training, relative to that
+    of a batch's own estimate.
 
     Args:
         results: of `measure`, by method, batch size and seed.
@@ -89,7 +99,7 @@ def results_table(
 
     extra = [name for name in report if len(report) > 1]
     titles = ["batch", "method", "seeds", "development", *extra, "mean"]
-    titles += [f"over {baseline}, %", "gallery", "head / batch", "logit scale"]
+    titles += [f"over {baseline}, %", "gallery", "amortized", "head / batch", "logit scale"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for size in sorted({key[1] for key in results}):
         for method in dict.fromkeys(key[0] for key in results if key[1] == size):
@@ -106,8 +116,15 @@ def results_table(
                 if "head_error" in part
             ]
             columns = [[score(key, tasks) for key in keys] for tasks in (development, *([t] for t in extra), report)]
-            gallery = [score(key, report, "gallery") - score(key, report) for key in keys]
-            cells = [size, method, len(keys), *map(mean_and_deviation, columns), gained, mean_and_deviation(gallery)]
+            added = [
+                [
+                    100 * statistics.mean(values[scoring] - values["cosine"] for values in part)
+                    for part in ([results[key]["calibrated"][task] for task in report] for key in keys)
+                ]
+                for scoring in ("gallery", "amortized")
+            ]
+            cells = [size, method, len(keys), *map(mean_and_deviation, columns), gained]
+            cells += map(mean_and_deviation, added)
             cells += [mean_and_deviation(ratios) if ratios else ""]
             cells += [f"{statistics.mean(results[key]['logit_scale'] for key in keys):.1f}"]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
