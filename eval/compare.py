@@ -48,7 +48,7 @@ def compare(folders: list[Path], metrics: list[str]) -> str:
         runs[objective][seed] = values
     lines = ["| objective | seeds | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
     for objective, seeds in runs.items():
-        cells = [_mean_and_deviation([100 * values[metric] for values in seeds.values()]) for metric in metrics]
+        cells = [mean_and_deviation([100 * values[metric] for values in seeds.values()]) for metric in metrics]
         lines.append(f"| {objective} | {len(seeds)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -64,7 +64,8 @@ def scores_of(path: Path) -> dict[str, float]:
         raise UserError(f"{path} is neither a training run's folder nor what eval/run.py writes.") from None
 
 
-def _mean_and_deviation(values: list[float]) -> str:
+def mean_and_deviation(values: list[float]) -> str:
+    """mean ± sample standard deviation, as text."""
     mean = f"{statistics.mean(values):.2f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 

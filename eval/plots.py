@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -109,6 +110,24 @@ def radar(scores: dict[str, dict[str, float]], path: str | Path) -> None:
     axis.set_xticks(angles, names, fontsize=7)
     axis.set_yticks([0.25, 0.5, 0.75, 1], [])
     axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(-0.2, -0.15))
+    _save(figure, path)
+
+
+def lines_with_bands(lines: dict[str, dict[float, list[float]]], x: str, y: str, path: str | Path) -> None:
+    """Means over runs with bands of a standard deviation: {line: {place on x: values}}; x is logarithmic to base 2."""
+    figure, axis = plt.subplots(figsize=(6.5, 4.2))
+    for name, points in lines.items():
+        places = sorted(points)
+        means = [statistics.mean(points[place]) for place in places]
+        deviations = [statistics.stdev(points[p]) if len(points[p]) > 1 else 0 for p in places]
+        (line,) = axis.plot(places, means, marker="o", markersize=3, label=name)
+        low, high = ([m + sign * d for m, d in zip(means, deviations, strict=True)] for sign in (-1, 1))
+        axis.fill_between(places, low, high, alpha=0.15, color=line.get_color())
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
     _save(figure, path)
 
 

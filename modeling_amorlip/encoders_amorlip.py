@@ -1,7 +1,7 @@
 """The two encoders of a model: built, loaded, and pooled to one vector an image or a text.
 
-    encoder = load_encoder("sentence-transformers/all-MiniLM-L6-v2", "text")
-    pooled = encode_texts(encoder, "mean", input_ids, attention_mask).pooler_output  # [T, width]
+encoder = load_encoder("sentence-transformers/all-MiniLM-L6-v2", "text")
+pooled = encode_texts(encoder, "mean", input_ids, attention_mask).pooler_output  # [T, width]
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ def load_encoder(source: str | os.PathLike | PreTrainedModel, side: str) -> PreT
     return getattr(source, f"{side}_model", source)
 
 
-def encode_images(
-    encoder: PreTrainedModel, pooling: str, pixel_values: Tensor, **kwargs
-) -> BaseModelOutputWithPooling:
+def encode_images(encoder: PreTrainedModel, pooling: str, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
     """The encoder's output for [I, channels, height, width], `pooler_output` [I, width] being pooled as asked."""
     outputs = encoder(pixel_values=pixel_values.to(encoder.dtype), **kwargs)  # processors make float32
     return _with_pooling(outputs, pool(outputs, pooling))

@@ -32,6 +32,14 @@ def test_heads_benchmark(recipe, small_data, tmp_path):
     assert result.returncode == 0, result.stderr
     report = json.loads(output.read_text())
     assert len(report["results"]) == 3 * 5 + 1
+    result = run(
+        "eval/benchmarks/heads.py", "--model", tmp_path / "run", *short, "--target_queue", "48",
+        "--head_types", "residual_mlp", "--objectives", "conjugate",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (from_queue,) = json.loads(output.read_text())["results"]
+    from_batch = next(r for r in report["results"] if (r["head_type"], r["objective"]) == ("residual_mlp", "conjugate"))
+    assert from_queue["rms"] > 0 and from_queue["bias"] != from_batch["bias"]
     for row in report["results"]:
         assert row["rms"] > 0 and row["ratio"] == pytest.approx(row["rms"] / report["batch_rms"])
 

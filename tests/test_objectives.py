@@ -28,6 +28,7 @@ VARIANTS = [
     ("fastclip", {"version": "v3"}),
     ("neuclip", {}),
     *(("amorlip", {"partition_source": source}) for source in ("target_network", "blended", "online", "batch")),
+    ("amorlip", {"partition_source": "blended", "reinitialize": False, "recent_pairs": 24}),
 ]
 
 
@@ -115,25 +116,32 @@ def test_neuclip_equals_brute_force():
         assert_close(gradient, reference, 5e-5, "gradient")
 
 
-@pytest.mark.parametrize("source", ["target_network", "online", "blended", "batch"])
-def test_amorlip_equals_brute_force(source):
+@pytest.mark.parametrize(
+    ("source", "reinitialize"),
+    [("target_network", True), ("online", True), ("blended", True), ("blended", False), ("batch", True)],
+)
+def test_amorlip_equals_brute_force(source, reinitialize):
     """Algorithm 1's Stage II, with lambda taken from where it is said to come from."""
-    objective = make_objective("amorlip", {"partition_source": source, "rho": 2.0, "beta_decay_epochs": 1})
+    settings = {"rho": 2.0, "beta_decay_epochs": 1, "target_every": 1}
+    objective = make_objective("amorlip", {"partition_source": source, "reinitialize": reinitialize, **settings})
     batch = make_batch(40, d=D, scale=20.0, bias=0.5, dtype=torch.float32)
     objective.on_epoch_start(0, 10)
     objective(*batch)
     objective.on_epoch_start(1, 10)
     assert objective.beta == pytest.approx(0.8)
+    objective(*batch)  # so that target and previous heads differ
     doubles = [leaf.detach().double().requires_grad_() for leaf in batch]
     x, y, s, b = doubles
     log_z = brute_force_log_partitions(x, y, s, b)
     log_count = math.log(40 - 1 + 1e-3)
+    # Without re-initialisation the blend takes the target heads as this step finds them.
+    known = copy.deepcopy(objective.previous if reinitialize else objective.target)
     loss = objective(*batch).loss
     with torch.no_grad():
         if source == "batch":
             log_lambda = log_z
         elif source == "blended":
-            previous = objective.previous(batch[0], batch[1], batch[2])
+            previous = known(batch[0], batch[1], batch[2])
             log_lambda = [
                 (0.8 * (p.double() + log_count).exp() + 0.2 * z.exp()).log()
                 for p, z in zip(previous, log_z, strict=True)
@@ -152,6 +160,26 @@ def test_amorlip_equals_brute_force(source):
         assert_close(gradient, reference, 2e-5, "gradient")
     # Against the batch's own partitions the bias cancels and its gradient is 0.
     assert bias_gradient.item() == pytest.approx(bias_wanted.item(), rel=2e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("bias", [None, 0.5])
+def test_amorlips_estimates_take_recent_pairs_in(bias):
+    settings = {"partition_source": "batch", "recent_pairs": 60, "rho": 0.0}
+    objective = make_objective("amorlip", settings)
+    torch.manual_seed(0)
+    batches = [make_batch(40, d=D, scale=20.0, bias=bias, dtype=torch.float32) for _ in range(3)]
+    for batch in batches:
+        loss = objective(*batch).loss
+    *others, (x, y, s, *b) = ([leaf.detach().double() for leaf in batch] for batch in batches)
+    log_z = torch.stack(brute_force_log_partitions(x, y, s, *b))
+    # The rings hold the second batch and the last 20 pairs of the first, and count as much as any other pair.
+    past = [torch.cat([others[1][k], others[0][k][20:]]) for k in (0, 1)]
+    shift = bias or 0
+    recent = torch.stack([(s * x @ past[1].T + shift).exp().sum(1), (s * y @ past[0].T + shift).exp().sum(1)])
+    count = 40 - 1 + 1e-3
+    log_lambda = ((log_z.exp() + recent) * count / (count + 60)).log()
+    expected = (-2 * (s * (x * y).sum(-1) + shift).mean() + (log_z - log_lambda).exp().sum(0).mean()) / s
+    assert_close(loss, expected, 2e-6, "value")
 
 
 def test_batch_source_has_the_gradient_of_infonce_and_of_dcl():

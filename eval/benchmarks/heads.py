@@ -57,16 +57,31 @@ def batch_estimates(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     return log_z - torch.tensor(len(x) - 1 + POSITIVE_WEIGHT).log()
 
 
+def batch_error(x: Tensor, y: Tensor, scale: Tensor, exact: Tensor, batch_size: int) -> float:
+    """`error` of what batches say of their own samples."""
+    estimates = torch.zeros_like(exact)
+    seen = list(batches(len(x), batch_size, 1))
+    for rows in seen:
+        estimates[:, rows] = batch_estimates(x[rows], y[rows], scale)
+    seen = torch.cat(seen)
+    return error(estimates[:, seen], exact[:, seen])
+
+
 def learn(config, x: Tensor, y: Tensor, scale: Tensor, objective: str, arguments: argparse.Namespace) -> Tensor:
     """Predictions [2, N] of a head that was fitted to batches, as the moving average of its weights."""
     torch.manual_seed(0)
     amortizer = AmorLIPAmortizer(config)
     parameters, average = list(amortizer.parameters()), []
     optimizer = torch.optim.Adam(parameters, lr=arguments.learning_rate) if parameters else None
+    recent = torch.zeros(0, dtype=torch.long)
     for step, rows in enumerate(batches(len(x), arguments.batch_size, arguments.epochs)):
         a, b = x[rows], y[rows]
         with torch.no_grad():
             targets = batch_estimates(a, b, scale)
+            if arguments.target_queue:
+                recent = torch.cat([recent, rows])[-arguments.target_queue :]
+                logits = scale * torch.stack([a @ y[recent].T, b @ x[recent].T])
+                targets = logits.logsumexp(2) - torch.tensor(float(len(recent))).log()
             if amortizer.observes:
                 amortizer.observe(a, b)
             if step == 0:
@@ -101,6 +116,9 @@ def main() -> int:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--ema_decay", type=float, default=0.999)
     parser.add_argument("--size", type=int, default=1024, help="prototypes, features, or embeddings in the queue")
+    parser.add_argument("--target_queue", type=int, default=0, help="fit to what the last N pairs say; 0: a batch")
+    parser.add_argument("--head_types", nargs="+", choices=HEAD_TYPES, default=HEAD_TYPES)
+    parser.add_argument("--objectives", nargs="+", choices=AMORTIZATION_OBJECTIVES, default=AMORTIZATION_OBJECTIVES)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
 
@@ -111,21 +129,19 @@ def main() -> int:
     scale = model.logit_scale.detach().exp()
     exact = exact_log_partitions(x, y, scale)
     spread = error(torch.zeros_like(exact), exact)
-    estimates = torch.zeros_like(exact)
-    for chosen in batches(len(x), arguments.batch_size, 1):
-        estimates[:, chosen] = batch_estimates(x[chosen], y[chosen], scale)
-    seen = torch.cat(list(batches(len(x), arguments.batch_size, 1)))
-    baseline = error(estimates[:, seen], exact[:, seen])
+    baseline = batch_error(x, y, scale, exact, arguments.batch_size)
     print(f"{len(x)} pairs, logit scale {scale:.1f}; exact log-partitions vary by {spread:.3f} nats (rms)")
-    print(f"{'head':<18} {'objective':<10} {'rms error':>9} {'/ batch':>8}")
+    print(f"{'head':<18} {'objective':<10} {'rms error':>9} {'/ batch':>8} {'bias':>6}")
     print(f"{'batch estimate':<18} {'':<10} {baseline:9.3f} {1:8.2f}", flush=True)
     results = []
-    for head_type in HEAD_TYPES:
-        for objective in AMORTIZATION_OBJECTIVES if head_type != "queue" else ("none",):
+    for head_type in arguments.head_types:
+        for objective in arguments.objectives if head_type != "queue" else ("none",):
             model.config.amortizer_config = AmorLIPAmortizerConfig(head_type=head_type, size=arguments.size)
-            value = error(learn(model.config, x, y, scale, objective, arguments), exact)
-            results.append({"head_type": head_type, "objective": objective, "rms": value, "ratio": value / baseline})
-            print(f"{head_type:<18} {objective:<10} {value:9.3f} {value / baseline:8.2f}", flush=True)
+            predictions = learn(model.config, x, y, scale, objective, arguments)
+            value, bias = error(predictions, exact), (predictions - exact).mean().item()
+            row = {"head_type": head_type, "objective": objective, "rms": value, "ratio": value / baseline}
+            results.append(row | {"bias": bias})
+            print(f"{head_type:<18} {objective:<10} {value:9.3f} {value / baseline:8.2f} {bias:6.2f}", flush=True)
     if arguments.output:
         about = {"command": " ".join(sys.argv), "logit_scale": scale.item(), "spread": spread, "batch_rms": baseline}
         arguments.output.write_text(json.dumps({**about, "results": results}, indent=2) + "\n")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modeling_amorlip.amortizer_amorlip import AmorLIPAmortizer
+from modeling_amorlip.amortizer_amorlip import AmorLIPAmortizer, EmbeddingRing
 from modeling_amorlip.loss_amorlip import (
     AMORTIZATION_OBJECTIVES,
     amortization_loss,
@@ -17,12 +17,15 @@ from modeling_amorlip.loss_amorlip import (
     gather_texts,
     log_partitions,
 )
+from modeling_amorlip.tiles_amorlip import all_gather, log_sum_exps
 
 from .base import ContrastiveObjective, ObjectiveOutput, average_across_processes, fit, share_from_main
 
 
 LARGEST_LOG_RATIO = 10.0
 """Nats that a log-partition may lie under its batch estimate. A batch of N is off by log N at most."""
+SAVED = ("step", "fresh", "beta", "rho", "any_recent")
+"""What checkpoints hold beside tensors."""
 PARTITION_SOURCES = ("target_network", "blended", "online", "batch")
 
 
@@ -31,9 +34,10 @@ class AmorLIPObjective(ContrastiveObjective):
     Alternates between fitting the amortizer (Stage I) and training the encoders against it (Stage II).
 
     Three copies of the heads: `online` is fitted by Adam, `target` follows it as a moving average, `previous` is the
-    target as it stood when the epoch before ended. Heads predict the logarithm of a *mean*; adding `log_count` turns it
-    into the sum over pairs that `log_partitions` returns. Fresh heads start at the mean of their first targets:
-    where the paper lets them drift there, a start at 0 would divide by a wrong constant for hundreds of steps.
+    target as it stood when the epoch before ended; where heads are not fitted anew, the target itself takes its place.
+    Heads predict the logarithm of a *mean*; adding `log_count` turns it into the sum over pairs that `log_partitions`
+    returns. Fresh heads start at the mean of their first targets: where the paper lets them drift there, a start at 0
+    would divide by a wrong constant for hundreds of steps.
     """
 
     @dataclass
@@ -48,9 +52,10 @@ class AmorLIPObjective(ContrastiveObjective):
         online_every: int = 1  # T_online, steps between fits
         target_every: int = 2  # T_target, steps between updates of the target heads
         ema_decay: float = 0.92  # alpha
-        beta: float = 0.8  # beta_T, share of the previous epoch's heads in the blended target
+        beta: float = 0.8  # beta_T, share of the previous heads in the blended target
         beta_decay_epochs: int = 10  # T, epochs until beta is reached
         reinitialize: bool = True  # fresh online and target heads every epoch
+        recent_pairs: int = 0  # pairs of past batches that estimates of the partitions take in, beside the batch
         amortizer_learning_rate: float = 1e-3
         rho: float = 0.0  # temperature regulariser rho / s ...
         rho_final: float = 0.0  # ... and its value in the last part of training
@@ -70,7 +75,7 @@ class AmorLIPObjective(ContrastiveObjective):
             for name in ("online_steps", "online_every", "target_every", "beta_decay_epochs"):
                 if getattr(self, name) < 1:
                     raise ValueError(f"objective_args.{name} must be at least 1, got {getattr(self, name)}.")
-            for name in ("positive_weight", "regularizer"):
+            for name in ("positive_weight", "regularizer", "recent_pairs"):
                 if getattr(self, name) < 0:
                     raise ValueError(f"objective_args.{name} must be at least 0, got {getattr(self, name)}.")
 
@@ -80,6 +85,12 @@ class AmorLIPObjective(ContrastiveObjective):
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.previous = copy.deepcopy(self.online).requires_grad_(False)
         self.optimizer = self._new_optimizer()
+        if arguments.recent_pairs:
+            self.refuse_local_negatives("objective_args.recent_pairs")
+            self.recent_images, self.recent_texts = (
+                EmbeddingRing(arguments.recent_pairs, config.projection_dim) for _ in range(2)
+            )
+        self.any_recent = False
         self.register_buffer("partition_error", torch.zeros(()))
         self.step, self.fresh, self.beta, self.rho = 0, True, 0.0, arguments.rho
 
@@ -121,11 +132,15 @@ class AmorLIPObjective(ContrastiveObjective):
             # 1. Batch estimates of the log-partitions and their blend with the previous epoch's heads, no gradient.
             with torch.no_grad():
                 log_z = log_partitions(image_embeds, text_embeds, logit_scale, **batch)
+                if settings.recent_pairs:
+                    log_z = self._with_recent(log_z, image_embeds, text_embeds, logit_scale, logit_bias, log_count)
+                    self._remember(image_embeds, text_embeds, texts)
                 log_targets = log_z
                 if self.beta > 0:
+                    known = self.previous if settings.reinitialize else self.target
                     log_targets = [
                         blend_log_targets(previous, estimate, self.beta)
-                        for previous, estimate in zip(predict(self.previous), log_z, strict=True)
+                        for previous, estimate in zip(predict(known), log_z, strict=True)
                     ]
         # 2. Stage I: fit the online heads; the target heads follow.
         if fits:
@@ -154,6 +169,25 @@ class AmorLIPObjective(ContrastiveObjective):
         return ObjectiveOutput(
             rescaled, {"contrastive_loss": loss.detach(), "partition_error": self.partition_error.clone()}
         )
+
+    def _with_recent(self, log_z, image_embeds, text_embeds, scale, bias, log_count: float) -> list[torch.Tensor]:
+        """Estimates from the batch and the recent pairs together, as sums over as many pairs as the batch's."""
+        if not self.any_recent:
+            return log_z
+        log_total = math.log(math.exp(log_count) + self.arguments.recent_pairs)
+        scale, bias = scale.float(), torch.zeros_like(scale) if bias is None else bias.float()
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            log_recent = [
+                log_sum_exps(embeds.float(), ring.embeds, scale, bias, 0, 1.0, 1024)[0]
+                for embeds, ring in ((image_embeds, self.recent_texts), (text_embeds, self.recent_images))
+            ]
+        return [torch.logaddexp(*both) + (log_count - log_total) for both in zip(log_z, log_recent, strict=True)]
+
+    def _remember(self, image_embeds, text_embeds, texts) -> None:
+        images = image_embeds if texts is None else all_gather(image_embeds)
+        self.recent_images.push(images.detach().float())
+        self.recent_texts.push((text_embeds if texts is None else texts).detach().float())
+        self.any_recent = True
 
     def _fit_online(self, predict, log_z, log_targets, log_count: float) -> None:
         settings = self.arguments
@@ -194,9 +228,10 @@ class AmorLIPObjective(ContrastiveObjective):
 
     def get_extra_state(self) -> dict:
         optimizer = self.optimizer and self.optimizer.state_dict()
-        return {"optimizer": optimizer, "step": self.step, "fresh": self.fresh, "beta": self.beta, "rho": self.rho}
+        return {"optimizer": optimizer, **{name: getattr(self, name) for name in SAVED}}
 
     def set_extra_state(self, state: dict) -> None:
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.fresh, self.beta, self.rho = (state[name] for name in ("step", "fresh", "beta", "rho"))
+        for name in SAVED:
+            setattr(self, name, state[name])

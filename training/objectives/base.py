@@ -72,12 +72,16 @@ class ContrastiveObjective(nn.Module, ABC):
     def new_amortizer(self) -> AmorLIPAmortizer:
         """Heads as the model's configuration has them; raises ValueError where processes could not agree on them."""
         amortizer = AmorLIPAmortizer(self.config)
-        if amortizer.observes and self.negatives == "local" and world_size() > 1:
-            raise ValueError(
-                f"amortizer_config.head_type {self.config.amortizer_config.head_type!r} collects embeddings, which "
-                "every process must see: use negatives: global, or another head_type."
-            )
+        if amortizer.observes:
+            self.refuse_local_negatives(f"amortizer_config.head_type {self.config.amortizer_config.head_type!r}")
         return amortizer
+
+    def refuse_local_negatives(self, setting: str) -> None:
+        """Raises ValueError where a setting that collects embeddings could not see every process's."""
+        if self.negatives == "local" and world_size() > 1:
+            raise ValueError(
+                f"{setting} collects embeddings, which every process must see: use negatives: global, or leave it out."
+            )
 
     def observe(self, amortizer: AmorLIPAmortizer, image_embeds: Tensor, text_embeds: Tensor, gathered_texts) -> None:
         """Shows heads that collect embeddings those of all processes."""
