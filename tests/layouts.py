@@ -92,8 +92,9 @@ def main(output: str) -> None:
     counts = {}
     if accelerator.num_processes == 2:
         for case in CASES:
-            if case[0] == "neuclip" or case[2].get("head_type") in ("prototype", "queue"):
-                continue
+            name, settings, heads = case
+            if name == "neuclip" or heads.get("head_type") in ("prototype", "queue") or "recent_pairs" in settings:
+                continue  # they collect embeddings
             for negatives in ("local", "global"):
                 counts[repr(case), negatives] = count_embedding_collectives(
                     lambda case=case, negatives=negatives: train(accelerator, *case, 0, negatives)
