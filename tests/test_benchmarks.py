@@ -66,3 +66,21 @@ def test_evaluation_benchmark(recipe, tmp_path):
     assert result.returncode == 0, result.stderr
     report = json.loads(output.read_text())
     assert report["ratio"] == report["loop"] / report["model"] and report["model"] > 0
+
+
+def test_data_benchmark(tmp_path):
+    result = run("eval/benchmarks/data.py", "--images", "16", "--rounds", "3", "--output", tmp_path / "data.json")
+    assert result.returncode == 0, result.stderr
+    ratios = {row["name"]: row["ratio"] for row in json.loads((tmp_path / "data.json").read_text())["results"]}
+    assert set(ratios) == {"plain", "ours", "ours, webdataset", "ours, parquet", "ours, folder"}
+    assert ratios["plain"] == 1 and ratios["ours"] > 1.2  # 2.3 in a longer run
+
+
+def test_peers_benchmark(tmp_path):
+    options = ["--batch_size", "4", "--rounds", "1", "--output", tmp_path / "peers.json"]
+    result = run("eval/benchmarks/peers.py", *options)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "peers.json").read_text())
+    names = [row["variant"] for row in report["results"]]
+    assert names[:4] == ["ours, grouped", "ours, trimmed", "ours, padded", "transformers"]
+    assert all(row["samples_per_second"] > 0 for row in report["results"])
