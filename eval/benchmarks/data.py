@@ -5,6 +5,8 @@
 Photographs of 512 x 512 pixels (two of scikit-learn, cut and turned) become training images of 224. `plain` opens,
 converts, resizes, crops and makes a float tensor of the whole image; `ours` is `training.decoding`: the crop and the
 nearest reduction that the JPEG decoder offers for nothing, one resampling, uint8. One process, in turns; medians.
+
+Like the other benchmarks a script and no part of the `eval` package, which itself never looks at training.
 """
 
 from __future__ import annotations
