@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT, pretrain, run
 from hub_server import Hub
+from test_sources import PLAIN, write_shards
 from test_tasks import write_classification
 from transformers import AutoModel, AutoProcessor
 
@@ -171,17 +173,40 @@ def test_a_server_that_dies_leaves_nothing_half_published(hub, trained, tmp_path
     assert "model.safetensors" in hub.repositories[REPO].at("main")[1]
 
 
+def upload(hub, tmp_path, name, folder):
+    """A folder as a data set; validates the demo's data card on the way."""
+    code = f"""
+import huggingface_hub as h
+h.HfApi().create_repo({name!r}, repo_type="dataset")
+h.HfApi().upload_folder(repo_id={name!r}, repo_type="dataset", folder_path={str(folder)!r})
+h.DatasetCard.load("demo_data/emoji/README.md").validate()
+"""
+    env = environment(hub, tmp_path / "uploader")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, capture_output=True)
+
+
+def test_training_reads_shards_of_the_hub(hub, recipe, demo_rows, tmp_path):
+    rows = demo_rows.cast_column("image", datasets.Image(decode=False)).select(range(60))
+    write_shards([{"image": row["image"], "caption": row["caption"]} for row in rows], tmp_path / "shards")
+    upload(hub, tmp_path, "user/pairs", tmp_path / "shards")
+    for source, code, said in (
+        ("hf://datasets/user/pairs/{00000..00006}.tar", 0, "60 pairs of hf://datasets/user/pairs"),
+        ("hf://datasets/user/absent/*.tar", 1, "cannot be had"),
+    ):
+        path = recipe(**PLAIN, train_data=source, max_steps=3, output_dir=str(tmp_path / f"run{code}"))
+        result = subprocess.run(
+            [sys.executable, "training/pretrain.py", "--config", path],
+            cwd=ROOT, env=environment(hub, tmp_path / "reader"), capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert result.returncode == code and said in result.stdout + result.stderr, result.stderr
+        assert "Traceback" not in result.stderr
+
+
 def test_tasks_are_read_straight_from_the_hub(hub, trained, demo_rows, tmp_path):
     data = tmp_path / "wds_pets"
     pictures = [row["image"] for row in demo_rows.select(range(10))]
     write_classification(data, pictures, [i % 3 for i in range(10)], ["heart", "star", "cat"])
-    upload = (
-        "import sys, huggingface_hub as h; api = h.HfApi(); api.create_repo('user/wds_pets', repo_type='dataset')\n"
-    )
-    upload += "api.upload_folder(repo_id='user/wds_pets', repo_type='dataset', folder_path=sys.argv[1])\n"
-    upload += "h.DatasetCard.load('demo_data/emoji/README.md').validate()"
-    env = environment(hub, tmp_path / "uploader")
-    subprocess.run([sys.executable, "-c", upload, data], cwd=ROOT, env=env, check=True, capture_output=True)
+    upload(hub, tmp_path, "user/wds_pets", data)
     task = tmp_path / "task.yaml"
     task.write_text("pets: {repositories: [user/absent, user/wds_pets], size: 10}")
     reports = []
