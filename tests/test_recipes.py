@@ -13,7 +13,7 @@ from training.arguments import parse_arguments
 from training.objectives import OBJECTIVES
 
 
-RECIPES = sorted((ROOT / "training/recipes").glob("*.yaml"))
+RECIPES = sorted(set((ROOT / "training/recipes").glob("*.yaml")) - set((ROOT / "training/recipes").glob("study*")))
 MILLIONS = {"cc3m_rn50": (38.32, 63.17), "cc12m_vit_b32": (87.46, 63.17), "datacomp_vit_b16": (85.80, 63.17)}
 """Parameters of the encoders as OpenAI's models have them, without ViT's projections."""
 

@@ -30,6 +30,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -289,7 +290,7 @@ class Harness:
 
 def _write(path: Path, text: str) -> None:
     """Whole or as it was."""
-    aside = path.with_name(f".{path.name}.writing")
+    aside = path.with_name(f".{path.name}.{threading.get_ident()}")  # runs beside each other write the same tasks
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
