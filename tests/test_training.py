@@ -268,3 +268,36 @@ def test_sharded_models_are_refused(recipe, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(UserError, match="set up for FSDP; here every process has a whole model"):
         Trainer(parse_arguments(["--config", str(recipe())]))
+
+
+def test_frozen_encoders_dropped_patches_and_channels_last(recipe):
+    from training.trainer import Trainer
+
+    options = {"freeze": ["vision"], "patch_dropout": 0.5, "channels_last": True, "text_groups": 2}
+    trainer = Trainer(parse_arguments(["--config", str(recipe(max_steps=3, augmentation={}, **options))]))
+    model, seen = trainer.model, []
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.vision_model.encoder.register_forward_hook(lambda module, args, output: seen.append(output[0].shape[1]))
+    trainer.encoder.train()
+    # A frozen encoder stays in evaluation, which leaves no patches out: 4 of 16 pixels and the class token.
+    trainer.train()
+    assert set(seen) == {5}
+    after = model.state_dict()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert "vision_model" not in changed and {"text_model", "visual_projection", "text_projection"} <= changed
+    del options["freeze"]
+    trainer = Trainer(parse_arguments(["--config", str(recipe(max_steps=3, output_dir="unused", **options))]))
+    trainer.model.vision_model.encoder.register_forward_hook(
+        lambda module, args, output: seen.append(output[0].shape[1])
+    )
+    seen.clear()
+    trainer.encoder.train()
+    batch = next(iter(trainer.dataloader))
+    batch.pop("bad_samples")
+    trainer.training_step(batch)
+    assert seen == [3]  # half of four patches
+
+
+def test_batch_statistics_of_several_processes_need_gpus(recipe):
+    result = pretrain(recipe(max_steps=3), "--sync_batchnorm", "true", launch=2)
+    assert result.returncode and "sync_batchnorm needs GPUs" in result.stderr
