@@ -20,7 +20,7 @@ if __package__ in (None, ""):
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from eval.errors import UserError  # noqa: E402
+from eval.errors import UserError, command  # noqa: E402
 from eval.files import encode_files, find_images, read_lines  # noqa: E402
 from eval.run import load_model  # noqa: E402
 from eval.zero_shot import build_classifier  # noqa: E402
@@ -57,7 +57,8 @@ def _bias(model) -> Tensor | None:
     return getattr(model, "logit_bias", None)
 
 
-def main() -> int:
+@command
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", type=Path, help="image files, and folders searched with their subfolders")
     parser.add_argument("--model", required=True, help="folder or Hub repository")
@@ -68,37 +69,32 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="CSV file to write: image, rank, label, probability")
     parser.add_argument("--batch_size", type=int, default=32, help="images encoded at a time")
     arguments = parser.parse_args()
-    try:
-        if not arguments.images:
-            raise UserError("No images given: name them first, or after --, as all that follows --labels is labels.")
-        if arguments.top < 1 or arguments.batch_size < 1:
-            raise UserError("--top and --batch_size must be 1 or more.")
-        labels = arguments.labels + (read_lines(arguments.labels_file) if arguments.labels_file else [])
-        labels = list(dict.fromkeys(labels))  # a label given twice would share its probability with itself
-        paths = list(dict.fromkeys(image for path in arguments.images for image in find_images(path)))
-        model, processor = load_model(arguments.model)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        label_embeds = embed_labels(model, processor, labels, arguments.template)
-        embeds = encode_files(model, processor, paths, arguments.batch_size)
-        if not embeds:
-            raise UserError(f"None of the {len(paths)} images can be read.")
-        probabilities = label_probabilities(model, torch.stack(list(embeds.values())), label_embeds)
-        best = probabilities.topk(min(arguments.top, len(labels)))
-        rows = [
-            (path, rank, labels[i], probability)
-            for path, values, places in zip(embeds, best.values.tolist(), best.indices.tolist(), strict=True)
-            for rank, (probability, i) in enumerate(zip(values, places, strict=True), 1)
-        ]
-        for path, rank, label, probability in rows:
-            if rank == 1:
-                print(path)
-            print(f"{100 * probability:6.2f} %  {label}")
-        if arguments.output:
-            write_csv(arguments.output, rows)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if not arguments.images:
+        raise UserError("No images given: name them first, or after --, as all that follows --labels is labels.")
+    if arguments.top < 1 or arguments.batch_size < 1:
+        raise UserError("--top and --batch_size must be 1 or more.")
+    labels = arguments.labels + (read_lines(arguments.labels_file) if arguments.labels_file else [])
+    labels = list(dict.fromkeys(labels))  # a label given twice would share its probability with itself
+    paths = list(dict.fromkeys(image for path in arguments.images for image in find_images(path)))
+    model, processor = load_model(arguments.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    label_embeds = embed_labels(model, processor, labels, arguments.template)
+    embeds = encode_files(model, processor, paths, arguments.batch_size)
+    if not embeds:
+        raise UserError(f"None of the {len(paths)} images can be read.")
+    probabilities = label_probabilities(model, torch.stack(list(embeds.values())), label_embeds)
+    best = probabilities.topk(min(arguments.top, len(labels)))
+    rows = [
+        (path, rank, labels[i], probability)
+        for path, values, places in zip(embeds, best.values.tolist(), best.indices.tolist(), strict=True)
+        for rank, (probability, i) in enumerate(zip(values, places, strict=True), 1)
+    ]
+    for path, rank, label, probability in rows:
+        if rank == 1:
+            print(path)
+        print(f"{100 * probability:6.2f} %  {label}")
+    if arguments.output:
+        write_csv(arguments.output, rows)
 
 
 def write_csv(path: Path, rows: list[tuple[Path, int, str, float]]) -> None:

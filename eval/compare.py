@@ -19,7 +19,7 @@ if __package__ in (None, ""):
 
 import yaml  # noqa: E402
 
-from eval.errors import UserError  # noqa: E402
+from eval.errors import UserError, command  # noqa: E402
 from eval.plots import difference_bars, radar, training_curves  # noqa: E402
 
 
@@ -86,21 +86,17 @@ def draw(paths: list[Path], folder: Path) -> None:
         training_curves(logs, folder / "curves.png")
 
 
-def main() -> int:
+@command
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of training runs, or results of eval/run.py")
     parser.add_argument("--plots", type=Path, help="folder for plots of the runs against the first, instead of a table")
     parser.add_argument("--metrics", nargs="+", default=DEFAULT_METRICS, help="columns of the table")
     arguments = parser.parse_args()
-    try:
-        if arguments.plots:
-            draw(arguments.runs, arguments.plots)
-        else:
-            print(compare(arguments.runs, arguments.metrics))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if arguments.plots:
+        draw(arguments.runs, arguments.plots)
+    else:
+        print(compare(arguments.runs, arguments.metrics))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from PIL import Image  # noqa: E402
 
 from eval.classify import TEMPLATE, embed_labels, label_probabilities  # noqa: E402
 from eval.encode import encode_images  # noqa: E402
-from eval.errors import UserError  # noqa: E402
+from eval.errors import UserError, command  # noqa: E402
 from eval.run import load_model  # noqa: E402
 
 
@@ -78,24 +78,20 @@ def serve(demo, port: int) -> None:
     demo.block_thread()
 
 
-def main() -> int:
+@command
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub repository")
     parser.add_argument("--port", type=int, default=7860, help="of http://127.0.0.1:PORT")
     parser.add_argument("--template", default=TEMPLATE, help="what a label stands in; default: %(default)s")
     arguments = parser.parse_args()
-    try:
-        if find_spec("gradio") is None:
-            raise UserError("The demo needs gradio: pip install -c constraints.txt -e '.[demo]'")
-        model, processor = load_model(arguments.model)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        with tempfile.TemporaryDirectory() as uploads:  # they go when the demo ends
-            os.environ["GRADIO_TEMP_DIR"] = uploads
-            serve(build_demo(model, processor, arguments.template), arguments.port)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if find_spec("gradio") is None:
+        raise UserError("The demo needs gradio: pip install -c constraints.txt -e '.[demo]'")
+    model, processor = load_model(arguments.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as uploads:  # they go when the demo ends
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        serve(build_demo(model, processor, arguments.template), arguments.port)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ if __package__ in (None, ""):
 
 import yaml  # noqa: E402
 
-from eval.errors import UserError  # noqa: E402
+from eval.errors import UserError, command  # noqa: E402
 from eval.tasks import ROOT, known_tasks  # noqa: E402
 
 
@@ -222,6 +222,7 @@ def _explain(error: Exception, repo_id: str) -> str:
     return f"{repo_id} was not published: {advice} ({reason})."
 
 
+@command
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of a finished model")
@@ -233,19 +234,15 @@ def main() -> int:
     parser.add_argument("--message", default="Model, card and results", help="of the commit")
     parser.add_argument("--card_only", type=Path, metavar="FILE", help="write the card to a file and send nothing")
     arguments = parser.parse_args()
-    try:
-        if arguments.card_only:
-            _files(arguments.folder, arguments.results)
-            card = make_card(arguments.folder, arguments.repo_id, *read_results(arguments.folder, arguments.results))
-            arguments.card_only.write_text(str(card), encoding="utf-8")
-            return 0
-        url = publish(
-            arguments.folder, arguments.repo_id, arguments.results, private=arguments.private,
-            revision=arguments.revision, create_pr=arguments.create_pr, message=arguments.message,
-        )  # fmt: skip
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if arguments.card_only:
+        _files(arguments.folder, arguments.results)
+        card = make_card(arguments.folder, arguments.repo_id, *read_results(arguments.folder, arguments.results))
+        arguments.card_only.write_text(str(card), encoding="utf-8")
+        return 0
+    url = publish(
+        arguments.folder, arguments.repo_id, arguments.results, private=arguments.private,
+        revision=arguments.revision, create_pr=arguments.create_pr, message=arguments.message,
+    )  # fmt: skip
     print(url)
     return 0
 

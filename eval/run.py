@@ -25,7 +25,7 @@ if __package__ in (None, ""):
 
 import torch  # noqa: E402
 
-from eval.errors import UserError  # noqa: E402
+from eval.errors import UserError, command  # noqa: E402
 from eval.evaluators import RESAMPLES, SCORINGS, Share, evaluate_task  # noqa: E402
 from eval.plots import score_bars  # noqa: E402
 from eval.probes import PROBES  # noqa: E402
@@ -232,6 +232,7 @@ def _code_version() -> str:
     return result.stdout.strip() or "unknown"
 
 
+@command
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -263,32 +264,28 @@ def main() -> int:
     parser.add_argument("--bootstrap", type=int, default=RESAMPLES, help="resamples for confidence intervals; 0: none")
     parser.add_argument("--push_to_hub", metavar="REPO", help="publish the model's folder with these results")
     arguments = parser.parse_args()
-    try:
-        if arguments.push_to_hub and not (arguments.output and Path(arguments.model or "").is_dir()):
-            raise UserError("--push_to_hub needs --output, and a folder as --model.")
-        if arguments.list:
-            list_tasks()
-            return 0
-        if arguments.download:
-            download(select_tasks(arguments.download), arguments.data_dir)
-            return 0
-        if not arguments.model or not arguments.tasks:
-            raise UserError("--model and --tasks are needed (or --list, or --download).")
-        tasks = select_tasks(arguments.tasks)
-        share, device = Share(), "cuda" if torch.cuda.is_available() else "cpu"
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            from accelerate import PartialState
+    if arguments.push_to_hub and not (arguments.output and Path(arguments.model or "").is_dir()):
+        raise UserError("--push_to_hub needs --output, and a folder as --model.")
+    if arguments.list:
+        list_tasks()
+        return 0
+    if arguments.download:
+        download(select_tasks(arguments.download), arguments.data_dir)
+        return 0
+    if not arguments.model or not arguments.tasks:
+        raise UserError("--model and --tasks are needed (or --list, or --download).")
+    tasks = select_tasks(arguments.tasks)
+    share, device = Share(), "cuda" if torch.cuda.is_available() else "cpu"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from accelerate import PartialState
 
-            state = PartialState(cpu=device == "cpu")
-            share, device = Share(state.process_index, state.num_processes), state.device
-        model, processor = load_model(arguments.model)
-        report = new_report(arguments, model)
-        run_tasks(model.to(device), processor, tasks, report, arguments, share)
-        if arguments.push_to_hub and share.rank == 0:
-            print(publish(Path(arguments.model), arguments.push_to_hub, arguments.output))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        state = PartialState(cpu=device == "cpu")
+        share, device = Share(state.process_index, state.num_processes), state.device
+    model, processor = load_model(arguments.model)
+    report = new_report(arguments, model)
+    run_tasks(model.to(device), processor, tasks, report, arguments, share)
+    if arguments.push_to_hub and share.rank == 0:
+        print(publish(Path(arguments.model), arguments.push_to_hub, arguments.output))
     if share.rank == 0:
         print_report(report)
     return int(any(report["tasks"][task.name]["status"] in ("missing", "failed") for task in tasks))

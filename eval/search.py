@@ -26,7 +26,7 @@ from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from eval.encode import encode_texts  # noqa: E402
-from eval.errors import UserError  # noqa: E402
+from eval.errors import UserError, command  # noqa: E402
 from eval.evaluators import SCORINGS, penalties, require_amortizer  # noqa: E402
 from eval.files import encode_files, find_images, open_image, read_lines  # noqa: E402
 from eval.plots import contact_sheet  # noqa: E402
@@ -146,7 +146,8 @@ def _write_index(file: Path, made_by: dict[str, str], entries: dict[tuple[str, i
         raise UserError(f"The index {file} cannot be written ({error}); name another place with --index.") from None
 
 
-def main() -> int:
+@command
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("query", nargs="+", help="what to look for, in words")
     parser.add_argument("--model", required=True, help="folder or Hub repository")
@@ -158,38 +159,33 @@ def main() -> int:
     parser.add_argument("--sheet", type=Path, help="PNG of the images found to draw")
     parser.add_argument("--batch_size", type=int, default=32, help="images encoded at a time")
     arguments = parser.parse_args()
-    try:
-        if arguments.top < 1 or arguments.batch_size < 1:
-            raise UserError("--top and --batch_size must be 1 or more.")
-        if arguments.queries and arguments.scoring != "gallery":
-            raise UserError("--queries is for --scoring gallery alone.")
-        if not arguments.images.is_dir():
-            raise UserError(f"--images {arguments.images}: there is no such folder.")
-        sample = read_lines(arguments.queries) if arguments.queries else None
-        folder = arguments.images.resolve()
-        file = arguments.index or folder.parent / f"{folder.name}.index.safetensors"
-        model, processor = load_model(arguments.model)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        check_scoring(model, arguments.scoring, arguments.query if sample is None else sample)
-        identity = revision(arguments.model, model)
-        paths, embeds = index_images(model, processor, arguments.images, file, identity, arguments.batch_size)
-        scores, best = search(model, processor, arguments.query, embeds, arguments.scoring, sample).topk(
-            min(arguments.top, len(paths))
-        )
-        found = [
-            [(score, paths[i]) for score, i in zip(*row, strict=True)]
-            for row in zip(scores.tolist(), best.tolist(), strict=True)
-        ]
-        for query, results in zip(arguments.query, found, strict=True):
-            print(query)
-            for rank, (score, path) in enumerate(results, 1):
-                print(f"{rank:4d}  {score:7.4f}  {path}")
-        if arguments.sheet:
-            draw(arguments.sheet, arguments.query, found)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if arguments.top < 1 or arguments.batch_size < 1:
+        raise UserError("--top and --batch_size must be 1 or more.")
+    if arguments.queries and arguments.scoring != "gallery":
+        raise UserError("--queries is for --scoring gallery alone.")
+    if not arguments.images.is_dir():
+        raise UserError(f"--images {arguments.images}: there is no such folder.")
+    sample = read_lines(arguments.queries) if arguments.queries else None
+    folder = arguments.images.resolve()
+    file = arguments.index or folder.parent / f"{folder.name}.index.safetensors"
+    model, processor = load_model(arguments.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    check_scoring(model, arguments.scoring, arguments.query if sample is None else sample)
+    identity = revision(arguments.model, model)
+    paths, embeds = index_images(model, processor, arguments.images, file, identity, arguments.batch_size)
+    scores, best = search(model, processor, arguments.query, embeds, arguments.scoring, sample).topk(
+        min(arguments.top, len(paths))
+    )
+    found = [
+        [(score, paths[i]) for score, i in zip(*row, strict=True)]
+        for row in zip(scores.tolist(), best.tolist(), strict=True)
+    ]
+    for query, results in zip(arguments.query, found, strict=True):
+        print(query)
+        for rank, (score, path) in enumerate(results, 1):
+            print(f"{rank:4d}  {score:7.4f}  {path}")
+    if arguments.sheet:
+        draw(arguments.sheet, arguments.query, found)
 
 
 if __name__ == "__main__":

@@ -147,6 +147,8 @@ def _without_dropout():
         (["--objective_args.onlin_steps", "1"], "did you mean objective_args.online_steps?"),
         (["--augmentation.rotatoin", "1"], "did you mean augmentation.rotation?"),
         (["--learning_rate", "fast"], "learning_rate must be float, got 'fast'"),
+        (["--objective_args.beta", "half"], "objective_args.beta must be float, got 'half'"),
+        (["--objective_args.positive_weight", "-1e-8"], "positive_weight must be at least 0, got -1e-08"),
         (["--vision_config.patch_size", "7"], "image_size 28 or 35"),
         (["--vision_config.model_type", "clop"], "vision_config.model_type is 'clop'"),
         (["--text_config.vocab_size", "100"], "needs more than 514"),

@@ -42,7 +42,6 @@ class Augmentation:
     restyle: float = _field(0.0, "probability of other tones, colours, sharpness or outlines")
 
     def __post_init__(self):
-        _check_types(self, "augmentation.")
         for name in ("crop_scale", "crop_ratio", "zoom"):
             value = getattr(self, name)
             if len(value) != 2 or not 0 < value[0] <= value[1]:
@@ -65,7 +64,6 @@ class Lora:
     target_modules: list[str] = _field(["q_proj", "v_proj"], "names of the layers that are adapted, CLIP's attention")
 
     def __post_init__(self):
-        _check_types(self, "lora.")
         if self.rank < 1:
             raise UserError(f"lora.rank must be at least 1, got {self.rank}.")
         if self.alpha <= 0:
@@ -156,7 +154,6 @@ class PretrainArguments:
     gradient_checkpointing: bool = _field(False, "recompute activations in the backward pass to save memory")
 
     def __post_init__(self):
-        _check_types(self)
         for name in ("output_dir", "train_data"):
             if not getattr(self, name):
                 raise UserError(f"{name} is not set: name it in the recipe or as --{name} PATH.")
@@ -213,12 +210,21 @@ class PretrainArguments:
 
 
 def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
-    """A `cls` dataclass from a mapping; an unknown field raises `UserError` naming the nearest."""
-    known = [f.name for f in dataclasses.fields(cls)]
-    for name in values:
+    """A `cls` dataclass from a mapping, its values converted to the fields' types (YAML reads 1e-3 as text).
+
+    Raises:
+        UserError: a field is unknown, where the nearest is named, or its value is of another type.
+    """
+    known, hints, converted = [f.name for f in dataclasses.fields(cls)], typing.get_type_hints(cls), {}
+    for name, value in values.items():
         if name not in known:
             raise UserError(unknown_name("field", name, known, prefix))
-    return cls(**values)
+        try:
+            converted[name] = _convert(value, hints[name])
+        except (TypeError, ValueError):
+            expected = getattr(hints[name], "__name__", str(hints[name])).replace("typing.", "")
+            raise UserError(f"{prefix}{name} must be {expected}, got {value!r}.") from None
+    return cls(**converted)
 
 
 def unknown_name(kind: str, name: str, known: list[str], prefix: str = "") -> str:
@@ -274,17 +280,6 @@ def _read_recipe(path: str) -> dict[str, Any]:
     return values
 
 
-def _check_types(instance: Any, prefix: str = "") -> None:
-    """Checks every field against its annotation; numbers are converted (YAML reads 1e-3 as text)."""
-    for name, hint in typing.get_type_hints(type(instance)).items():
-        value = getattr(instance, name)
-        try:
-            setattr(instance, name, _convert(value, hint))
-        except (TypeError, ValueError):
-            expected = getattr(hint, "__name__", str(hint)).replace("typing.", "")
-            raise UserError(f"{prefix}{name} must be {expected}, got {value!r}.") from None
-
-
 def _convert(value: Any, hint: Any) -> Any:
     origin, members = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -301,6 +296,7 @@ def _convert(value: Any, hint: Any) -> Any:
         if not isinstance(value, (list, tuple)):
             raise TypeError
         return [_convert(v, members[0]) for v in value]
+    hint = origin or hint
     if hint is float and not isinstance(value, bool):
         return float(value)
     if isinstance(value, bool) and hint is not bool or not isinstance(value, hint):

@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from eval.encode import encode_images, encode_texts  # noqa: E402
-from eval.errors import UserError  # noqa: E402
+from eval.errors import UserError, command  # noqa: E402
 from eval.evaluators import SCORINGS, penalties  # noqa: E402
 from eval.reading import TaskData, find_data  # noqa: E402
 from eval.run import load_model  # noqa: E402
@@ -151,6 +151,7 @@ def calibrate(
     return before and accuracies(model, gallery, others) | {"before": before["amortized"]}
 
 
+@command
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub repository of a dual encoder of Transformers")
@@ -162,24 +163,20 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=256, help="prototypes, random features or embeddings in the queue")
     parser.add_argument("--steps", type=int, default=1000, help="optimiser steps")
     arguments = parser.parse_args()
-    try:
-        for name in ("samples", "size", "steps"):
-            if getattr(arguments, name) < 1:
-                raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
-        model, processor = load_model(arguments.model)
-        if not isinstance(model, AmorLIPModel):
-            try:
-                model = convert(arguments.model).model.eval()
-            except (ValueError, OSError) as error:
-                raise UserError(f"{arguments.model} cannot be given heads: {error}") from None
-        path = arguments.data_dir / arguments.data
-        task = Task(path.stem, kind="retrieval", main_metric="mean_recall@1", data=str(path.absolute()))
-        data = find_data(task if path.suffix == ".parquet" else load_task(arguments.data), arguments.data_dir)
-        config = AmorLIPAmortizerConfig(head_type=arguments.head_type, size=arguments.size)
-        result = calibrate(model, processor, data, config, arguments.samples, steps=arguments.steps)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for name in ("samples", "size", "steps"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
+    model, processor = load_model(arguments.model)
+    if not isinstance(model, AmorLIPModel):
+        try:
+            model = convert(arguments.model).model.eval()
+        except (ValueError, OSError) as error:
+            raise UserError(f"{arguments.model} cannot be given heads: {error}") from None
+    path = arguments.data_dir / arguments.data
+    task = Task(path.stem, kind="retrieval", main_metric="mean_recall@1", data=str(path.absolute()))
+    data = find_data(task if path.suffix == ".parquet" else load_task(arguments.data), arguments.data_dir)
+    config = AmorLIPAmortizerConfig(head_type=arguments.head_type, size=arguments.size)
+    result = calibrate(model, processor, data, config, arguments.samples, steps=arguments.steps)
     model.save_pretrained(arguments.output)
     processor.save_pretrained(arguments.output)
     if result:

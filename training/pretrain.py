@@ -13,20 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, without installation
 
-from eval.errors import UserError  # noqa: E402
+from eval.errors import command  # noqa: E402
 from training.arguments import parse_arguments  # noqa: E402
 
 
-def main() -> int:
-    try:
-        arguments = parse_arguments(sys.argv[1:])
-        from training.trainer import Trainer  # late: --help and a mistyped field need not wait for torch
+@command
+def main() -> None:
+    arguments = parse_arguments(sys.argv[1:])
+    from training.trainer import Trainer  # late: --help and a mistyped field need not wait for torch
 
-        Trainer(arguments).train()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    Trainer(arguments).train()
 
 
 if __name__ == "__main__":

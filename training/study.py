@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checko
 
 import yaml  # noqa: E402
 
-from eval.errors import UserError  # noqa: E402
+from eval.errors import UserError, command  # noqa: E402
 from eval.tasks import ROOT, Task, select_tasks  # noqa: E402
 from training.arguments import PretrainArguments, build, unknown_name  # noqa: E402
 from training.study_results import draw_results, measure, results_table  # noqa: E402
@@ -79,7 +79,7 @@ class Study:
     tuning_batch_size: int = 64
     tuning_seed: int = 0
     warmup_samples: int = 0
-    evaluations: int = 0  # during a run, for the curve of accuracy; none leaves the end
+    evaluations: int = 0  # during a run, for the curve of accuracy
     jobs: int = 2  # runs at a time
 
     def __post_init__(self):
@@ -187,7 +187,7 @@ class Harness:
             "per_device_train_batch_size": run.batch_size,
             "warmup_steps": study.warmup_samples // run.batch_size,
             "seed": run.seed,
-            "eval_tasks": [str(self._task_file(task)) for task in self.tasks.values()],
+            "eval_tasks": [str(self._task_file(task)) for task in self.tasks.values()] if study.evaluations else [],
             "eval_every": steps // (study.evaluations + 1) if study.evaluations else 0,
         }
         return values
@@ -231,7 +231,8 @@ class Harness:
         if not self._call(train, folder.with_suffix(".log")):
             print(f"failed: {run.name}; see {folder.with_suffix('.log')}", flush=True)
             return False
-        result = measure(folder, list(self.tasks.values()), self.study.tuning_batch_size)
+        tasks = list(self.tasks.values())
+        result = measure(folder, tasks, self.study.report, self.study.tuning_batch_size)
         _write(folder / "result.json", json.dumps(result, indent=2) + "\n")
         for leftover in ("checkpoints", "best"):
             shutil.rmtree(folder / leftover, ignore_errors=True)
@@ -306,6 +307,7 @@ def read_study(path: Path) -> Study:
         raise UserError(f"--config {path} is not a study: {error}") from None
 
 
+@command
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML of the study")
@@ -316,18 +318,14 @@ def main() -> int:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = []
-    try:
-        study = read_study(arguments.config)
-        study.jobs = arguments.jobs or study.jobs
-        harness = Harness(study, arguments.output_dir, arguments.data_dir)
-        if arguments.only in (None, "tune"):
-            failed += harness.do(harness.tuning_runs())
-        if arguments.only in (None, "report"):
-            failed += harness.do(harness.report_runs())
-        print(harness.report())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    study = read_study(arguments.config)
+    study.jobs = arguments.jobs or study.jobs
+    harness = Harness(study, arguments.output_dir, arguments.data_dir)
+    if arguments.only in (None, "tune"):
+        failed += harness.do(harness.tuning_runs())
+    if arguments.only in (None, "report"):
+        failed += harness.do(harness.report_runs())
+    print(harness.report())
     return int(bool(failed))
 
 

@@ -13,11 +13,12 @@ from eval.plots import lines_with_bands, training_curves
 from eval.tasks import Task
 
 
-def measure(folder: Path, tasks: list[Task], batch_size: int) -> dict:
+def measure(folder: Path, tasks: list[Task], calibrated: list[str], batch_size: int) -> dict:
     """The result of a finished training run.
 
     Args:
-        tasks: with paths that are complete. batch_size: of the batch estimate that the heads are compared with.
+        tasks: with paths that are complete. calibrated: names of those to fit heads to.
+        batch_size: of the batch estimate that the heads are compared with.
 
     Returns:
         "tasks": main metrics as fractions, {task: {scoring: value}}; "curve": the same by cosine during training;
@@ -65,6 +66,7 @@ def measure(folder: Path, tasks: list[Task], batch_size: int) -> dict:
     result["calibrated"] = {
         task.name: calibrate(model, processor, find_data(task, folder), heads, min(1000, size // 2), steps=300)
         for task, size in sizes.items()
+        if task.name in calibrated
     }
     return result | {"logit_scale": scale.item(), "samples_seen": last["samples_seen"]}
 
@@ -72,8 +74,8 @@ def measure(folder: Path, tasks: list[Task], batch_size: int) -> dict:
 def _curve(folder: Path, tasks: list[Task]) -> list[dict]:
     """[{"samples_seen", task: main metric, ...}, ...] of the evaluations that training did."""
     config = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))["arguments"]
-    points = {}
-    for line in _lines(folder / "eval.jsonl"):
+    file, points = folder / "eval.jsonl", {}
+    for line in _lines(file) if file.exists() else []:
         found = {(r["task"], r["metric"]): r["value"] for r in line["results"]}
         values = {task.name: found[task.name, task.main_metric] for task in tasks}
         points[line["step"]] = {"samples_seen": line["step"] * config["per_device_train_batch_size"], **values}
