@@ -15,7 +15,7 @@ from conftest import DEMO, ROOT, TINY, run, with_threads
 
 from eval.errors import UserError
 from training.study import Harness, Run, Study, read_study
-from training.study_results import results_table
+from training.study_results import gains_table, results_table
 
 
 @pytest.fixture(scope="module")
@@ -152,14 +152,14 @@ def test_mistakes_are_named(study_file, tmp_path, changes, said):
 
 @pytest.mark.parametrize("name", ["study", "study_demo"])
 def test_studies_of_the_repository_are_valid(name, tmp_path):
-    from training.arguments import PretrainArguments
+    from training.arguments import PretrainArguments, build
     from training.objectives import OBJECTIVES
 
     study = Harness(read_study(ROOT / f"training/recipes/{name}.yaml"), tmp_path, Path("data"))
     for method in study.study.methods:
         recipe = study.recipe(Run(method, 0, study.study.sizes(method)[0], 0))
-        arguments = PretrainArguments(**recipe)
-        OBJECTIVES[arguments.objective].Arguments(**arguments.objective_args)
+        arguments = build(PretrainArguments, recipe)
+        build(OBJECTIVES[arguments.objective].Arguments, arguments.objective_args)
 
 
 def test_the_tables_numbers():
@@ -177,4 +177,6 @@ def test_the_tables_numbers():
     assert ours.split(" | ")[3:7] == ["40.00 ± 14.14", "40.00 ± 14.14", "20.00 ± 7.07", "30.00 ± 10.61"]
     # +50 % and +25 %, paired by seed.
     assert ours.split(" | ")[7] == "37.50 ± 17.68 (25.00)" and clip.split(" | ")[7] == ""
+    gains = gains_table({**results, ("ours", 256, 0): result(0.1)}, "ours", ["a", "b"]).splitlines()
+    assert gains[2:] == ["| clip | 37.50 ± 17.68 (25.00) |  |"]
     assert ours.split(" | ")[8:11] == ["1.00 ± 0.00", "2.00 ± 0.00", "0.25 ± 0.00"]

@@ -44,7 +44,7 @@ import yaml  # noqa: E402
 from eval.errors import UserError, command  # noqa: E402
 from eval.tasks import ROOT, Task, select_tasks  # noqa: E402
 from training.arguments import PretrainArguments, build, unknown_name  # noqa: E402
-from training.study_results import draw_results, measure, results_table  # noqa: E402
+from training.study_results import draw_results, gains_table, measure, results_table  # noqa: E402
 
 
 SCALED_WITH_BATCH = ("learning_rate", "logit_scale_learning_rate")
@@ -73,6 +73,7 @@ class Study:
     overrides: dict = field(default_factory=dict)  # of the recipe
     tasks: str | None = None  # YAML of tasks beside those of eval/tasks.yaml, whose paths start from --data_dir
     baseline: str = "clip"  # method that differences are to
+    subject: str | None = None  # method whose gains over every other one are a table of their own
     batch_sizes: list[int] = field(default_factory=lambda: [64])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     grid: dict[str, list] = field(default_factory=dict)  # values to tune, for every method
@@ -84,8 +85,9 @@ class Study:
 
     def __post_init__(self):
         self.methods = {name: build(Method, values, f"methods.{name}.") for name, values in self.methods.items()}
-        if self.baseline not in self.methods:
-            raise UserError(unknown_name("baseline", self.baseline, list(self.methods)))
+        for name in ("baseline", "subject"):
+            if (value := getattr(self, name)) is not None and value not in self.methods:
+                raise UserError(unknown_name(name, value, list(self.methods)))
         budgets = {name: len(self.settings(name)) for name in self.methods}
         if len(set(budgets.values())) > 1:
             sizes = ", ".join(f"{name} {size}" for name, size in budgets.items())
@@ -266,10 +268,10 @@ class Harness:
         runs = [run for run in self.report_runs() if self.result(run) is not None]
         if not runs:
             return "No run of the report is done yet."
-        table = results_table(
-            {(run.method, run.batch_size, run.seed): self.result(run) for run in runs},
-            study.development, study.report, study.baseline,
-        )  # fmt: skip
+        results = {(run.method, run.batch_size, run.seed): self.result(run) for run in runs}
+        table = results_table(results, study.development, study.report, study.baseline)
+        if study.subject:
+            table += "\n\n" + gains_table(results, study.subject, study.report)
         settings = {m: study.settings(m)[k] for m in study.methods if (k := self.choose(m)) is not None}
         _write(self.output_dir / "table.md", table + "\n")
         tuned = [run for run in self.tuning_runs() if self.result(run) is not None]

@@ -95,10 +95,6 @@ def results_table(
     Args:
         results: of `measure`, by method, batch size and seed.
     """
-
-    def score(key: tuple, tasks: list[str], scoring: str = "cosine") -> float:
-        return 100 * statistics.mean(results[key]["tasks"][task][scoring] for task in tasks)
-
     extra = [name for name in report if len(report) > 1]
     titles = ["batch", "method", "seeds", "development", *extra, "mean"]
     titles += [f"over {baseline}, %", "gallery", "amortized", "head / batch", "logit scale"]
@@ -106,18 +102,14 @@ def results_table(
     for size in sorted({key[1] for key in results}):
         for method in dict.fromkeys(key[0] for key in results if key[1] == size):
             keys = [key for key in results if key[:2] == (method, size)]
-            gains = [
-                100 * (score(key, report) / base - 1)
-                for key in keys
-                if (other := (baseline, size, key[2])) in results and (base := score(other, report))
-            ]
-            gained = f"{mean_and_deviation(gains)} ({min(gains):.2f})" if gains and method != baseline else ""
             ratios = [
                 part["head_error"] / part["batch_error"]
                 for part in (results[key]["partition"] for key in keys)
                 if "head_error" in part
             ]
-            columns = [[score(key, tasks) for key in keys] for tasks in (development, *([t] for t in extra), report)]
+            columns = [
+                [_score(results[key], tasks) for key in keys] for tasks in (development, *([t] for t in extra), report)
+            ]
             added = [
                 [
                     100 * statistics.mean(values[scoring] - values["cosine"] for values in part)
@@ -125,7 +117,8 @@ def results_table(
                 ]
                 for scoring in ("gallery", "amortized")
             ]
-            cells = [size, method, len(keys), *map(mean_and_deviation, columns), gained]
+            cells = [size, method, len(keys), *map(mean_and_deviation, columns)]
+            cells += [_gain(results, method, baseline, size, report) if method != baseline else ""]
             cells += map(mean_and_deviation, added)
             cells += [mean_and_deviation(ratios) if ratios else ""]
             cells += [f"{statistics.mean(results[key]['logit_scale'] for key in keys):.1f}"]
@@ -133,13 +126,41 @@ def results_table(
     return "\n".join(lines)
 
 
+def gains_table(results: dict[tuple[str, int, int], dict], subject: str, report: list[str]) -> str:
+    """A Markdown table of what one method gains over each other, a row a method, a column a batch size.
+
+    Per cent of the report tasks' mean, paired by seed: mean ± standard deviation, in brackets the lowest seed's.
+    """
+    sizes = sorted({key[1] for key in results})
+    lines = [f"| {subject} over | " + " | ".join(f"batch {size}, %" for size in sizes) + " |"]
+    lines += ["|---" * (1 + len(sizes)) + "|"]
+    for method in dict.fromkeys(key[0] for key in results if key[0] != subject):
+        gains = (_gain(results, subject, method, size, report) for size in sizes)
+        lines.append(f"| {method} | " + " | ".join(gains) + " |")
+    return "\n".join(lines)
+
+
+def _score(result: dict, tasks: list[str]) -> float:
+    return 100 * statistics.mean(result["tasks"][task]["cosine"] for task in tasks)
+
+
+def _gain(results: dict, method: str, baseline: str, size: int, report: list[str]) -> str:
+    """What a method gains over another, over the seeds that both have."""
+    bases = {key[2]: _score(result, report) for key, result in results.items() if key[:2] == (baseline, size)}
+    gains = [
+        100 * (_score(result, report) / bases[key[2]] - 1)
+        for key, result in results.items()
+        if key[:2] == (method, size) and bases.get(key[2])
+    ]
+    return f"{mean_and_deviation(gains)} ({min(gains):.2f})" if gains else ""
+
+
 def draw_results(runs: dict, report: list[str], folder: Path) -> None:
     """Plots of {(method, setting, batch_size, seed): (folder, result)}: accuracy and training curves."""
     sizes = sorted({run.batch_size for run in runs})
     by_size: dict[str, dict[float, list[float]]] = {}
     for run, (_, result) in runs.items():
-        value = 100 * statistics.mean(result["tasks"][task]["cosine"] for task in report)
-        by_size.setdefault(run.method, {}).setdefault(run.batch_size, []).append(value)
+        by_size.setdefault(run.method, {}).setdefault(run.batch_size, []).append(_score(result, report))
     if len(sizes) > 1:
         lines_with_bands(by_size, "batch size", "mean of report tasks, %", folder / "batch_sizes.png")
     for size in sizes:
