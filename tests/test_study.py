@@ -180,3 +180,22 @@ def test_the_tables_numbers():
     gains = gains_table({**results, ("ours", 256, 0): result(0.1)}, "ours", ["a", "b"]).splitlines()
     assert gains[2:] == ["| clip | 37.50 ± 17.68 (25.00) |  |"]
     assert ours.split(" | ")[8:11] == ["1.00 ± 0.00", "2.00 ± 0.00", "0.25 ± 0.00"]
+
+
+def test_styles_are_kept_apart(tmp_path):
+    import datasets
+
+    command = ["training/study_data.py", DEMO / "train.parquet", tmp_path, "--reported", "twemoji"]
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    trained, reported = (
+        datasets.load_dataset("parquet", data_files=str(tmp_path / f"{name}.parquet"), split="train")
+        for name in ("study_train", "twemoji")
+    )
+    assert set(trained["style"]) == {"noto", "fluent-emoji-flat"} and len(trained) + len(reported) == 5118
+    everything = datasets.load_dataset("parquet", data_files=str(DEMO / "train.parquet"), split="train")
+    captions = [caption for caption, style in zip(everything["caption"], everything["style"], strict=True)
+                if style == "twemoji"]  # fmt: skip
+    assert [reported.features["label"].int2str(label) for label in reported["label"]] == captions
+    result = run(*command, "--trained", "notto")
+    assert result.returncode == 1 and "No pair has the style notto; there are fluent-emoji-flat, noto" in result.stderr
