@@ -179,7 +179,7 @@ def test_the_tables_numbers():
     assert ours.split(" | ")[7] == "37.50 ± 17.68 (25.00)" and clip.split(" | ")[7] == ""
     gains = gains_table({**results, ("ours", 256, 0): result(0.1)}, "ours", ["a", "b"]).splitlines()
     assert gains[2:] == ["| clip | 37.50 ± 17.68 (25.00) |  |"]
-    assert ours.split(" | ")[8:11] == ["1.00 ± 0.00", "2.00 ± 0.00", "0.25 ± 0.00"]
+    assert ours.split(" | ")[8:12] == ["0.50 ± 0.00", "1.00 ± 0.00", "2.00 ± 0.00", "0.25 ± 0.00"]
 
 
 def test_styles_are_kept_apart(tmp_path):

@@ -87,41 +87,34 @@ def results_table(
 ) -> str:
     """A Markdown table, a row a method and batch size: per cent, mean ± standard deviation over seeds.
 
-    `mean` is that of the report tasks; `over ...` is paired by seed, its lowest seed in brackets. `gallery` and
-    `amortized` are points that scoring with partition functions adds to the mean, exact ones and those of heads fitted
-    to other images of the gallery. `head / batch` is the error of the heads at the end of training, relative to that
-    of a batch's own estimate.
+    `mean` is that of the report tasks; `over ...` is paired by seed, its lowest seed in brackets. `gallery` are points
+    that scoring with exact partition functions adds to the mean. `half, exact` and `half, amortized` are the same over
+    the half of each gallery's images that heads were not fitted to, by exact partitions and by those heads. `head /
+    batch` is the error of the heads at the end of training, relative to that of a batch's own estimate.
 
     Args:
         results: of `measure`, by method, batch size and seed.
     """
     extra = [name for name in report if len(report) > 1]
     titles = ["batch", "method", "seeds", "development", *extra, "mean"]
-    titles += [f"over {baseline}, %", "gallery", "amortized", "head / batch", "logit scale"]
+    titles += [f"over {baseline}, %", "gallery", "half, exact", "half, amortized", "head / batch", "logit scale"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for size in sorted({key[1] for key in results}):
         for method in dict.fromkeys(key[0] for key in results if key[1] == size):
-            keys = [key for key in results if key[:2] == (method, size)]
-            ratios = [
-                part["head_error"] / part["batch_error"]
-                for part in (results[key]["partition"] for key in keys)
-                if "head_error" in part
-            ]
-            columns = [
-                [_score(results[key], tasks) for key in keys] for tasks in (development, *([t] for t in extra), report)
-            ]
-            added = [
-                [
-                    100 * statistics.mean(values[scoring] - values["cosine"] for values in part)
-                    for part in ([results[key]["calibrated"][task] for task in report] for key in keys)
-                ]
-                for scoring in ("gallery", "amortized")
-            ]
-            cells = [size, method, len(keys), *map(mean_and_deviation, columns)]
+            runs = [result for key, result in results.items() if key[:2] == (method, size)]
+            partitions = [run["partition"] for run in runs]
+            ratios = [part["head_error"] / part["batch_error"] for part in partitions if "head_error" in part]
+            groups = (development, *([task] for task in extra), report)
+            added = [[_score(run, report, "gallery") - _score(run, report) for run in runs]]
+            for scoring in ("gallery", "amortized"):
+                calibrated = ([run["calibrated"][task] for task in report] for run in runs)
+                added.append([100 * statistics.mean(v[scoring] - v["cosine"] for v in values) for values in calibrated])
+            cells = [size, method, len(runs)]
+            cells += [mean_and_deviation([_score(run, tasks) for run in runs]) for tasks in groups]
             cells += [_gain(results, method, baseline, size, report) if method != baseline else ""]
             cells += map(mean_and_deviation, added)
             cells += [mean_and_deviation(ratios) if ratios else ""]
-            cells += [f"{statistics.mean(results[key]['logit_scale'] for key in keys):.1f}"]
+            cells += [f"{statistics.mean(run['logit_scale'] for run in runs):.1f}"]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -140,8 +133,8 @@ def gains_table(results: dict[tuple[str, int, int], dict], subject: str, report:
     return "\n".join(lines)
 
 
-def _score(result: dict, tasks: list[str]) -> float:
-    return 100 * statistics.mean(result["tasks"][task]["cosine"] for task in tasks)
+def _score(result: dict, tasks: list[str], scoring: str = "cosine") -> float:
+    return 100 * statistics.mean(result["tasks"][task][scoring] for task in tasks)
 
 
 def _gain(results: dict, method: str, baseline: str, size: int, report: list[str]) -> str:
@@ -170,7 +163,8 @@ def draw_results(runs: dict, report: list[str], folder: Path) -> None:
             for point in result["curve"]:
                 value = 100 * statistics.mean(point[task] for task in report)
                 curves.setdefault(run.method, {}).setdefault(point["samples_seen"], []).append(value)
-        lines_with_bands(curves, "samples seen", "mean of report tasks, %", folder / f"samples_batch{size}.png")
+        if curves:
+            lines_with_bands(curves, "samples seen", "mean of report tasks, %", folder / f"samples_batch{size}.png")
         first = {run.method: path / "metrics.jsonl" for run, (path, _) in reversed(of_size.items())}
         training_curves(first, folder / f"training_batch{size}.png")
 
