@@ -27,7 +27,6 @@ import math
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -44,7 +43,7 @@ import yaml  # noqa: E402
 from eval.errors import UserError, command  # noqa: E402
 from eval.tasks import ROOT, Task, select_tasks  # noqa: E402
 from training.arguments import PretrainArguments, build, unknown_name  # noqa: E402
-from training.study_results import draw_results, gains_table, measure, results_table  # noqa: E402
+from training.study_results import draw_results, gains_table, measure, results_table, score  # noqa: E402
 
 
 SCALED_WITH_BATCH = ("learning_rate", "logit_scale_learning_rate")
@@ -161,10 +160,12 @@ class Harness:
     def choose(self, method: str) -> int | None:
         """The setting that tuning found best; None as long as a tuning run is missing."""
         runs = [run for run in self.tuning_runs() if run.method == method]
-        scores = [self.score(run, self.study.development) for run in runs]
+        results = [self.result(run) for run in runs]
         if not runs:
             return 0
-        return None if None in scores else runs[scores.index(max(scores))].setting
+        if None in results:
+            return None
+        return runs[max(range(len(runs)), key=lambda i: score(results[i], self.study.development))].setting
 
     def recipe(self, run: Run) -> dict:
         """The complete recipe of a run."""
@@ -256,11 +257,6 @@ class Harness:
     def result(self, run: Run) -> dict | None:
         path = self.folder(run) / "result.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    def score(self, run: Run, tasks: list[str], scoring: str = "cosine") -> float | None:
-        """Mean main metric over tasks, in per cent; None where the run is not done."""
-        result = self.result(run)
-        return result and 100 * statistics.mean(result["tasks"][task][scoring] for task in tasks)
 
     def report(self) -> str:
         """Writes table, raw results and plots of the runs that are done; returns the table."""

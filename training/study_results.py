@@ -105,12 +105,12 @@ def results_table(
             partitions = [run["partition"] for run in runs]
             ratios = [part["head_error"] / part["batch_error"] for part in partitions if "head_error" in part]
             groups = (development, *([task] for task in extra), report)
-            added = [[_score(run, report, "gallery") - _score(run, report) for run in runs]]
+            added = [[score(run, report, "gallery") - score(run, report) for run in runs]]
             for scoring in ("gallery", "amortized"):
                 calibrated = ([run["calibrated"][task] for task in report] for run in runs)
                 added.append([100 * statistics.mean(v[scoring] - v["cosine"] for v in values) for values in calibrated])
             cells = [size, method, len(runs)]
-            cells += [mean_and_deviation([_score(run, tasks) for run in runs]) for tasks in groups]
+            cells += [mean_and_deviation([score(run, tasks) for run in runs]) for tasks in groups]
             cells += [_gain(results, method, baseline, size, report) if method != baseline else ""]
             cells += map(mean_and_deviation, added)
             cells += [mean_and_deviation(ratios) if ratios else ""]
@@ -133,15 +133,16 @@ def gains_table(results: dict[tuple[str, int, int], dict], subject: str, report:
     return "\n".join(lines)
 
 
-def _score(result: dict, tasks: list[str], scoring: str = "cosine") -> float:
+def score(result: dict, tasks: list[str], scoring: str = "cosine") -> float:
+    """Mean main metric of a run's tasks, in per cent."""
     return 100 * statistics.mean(result["tasks"][task][scoring] for task in tasks)
 
 
 def _gain(results: dict, method: str, baseline: str, size: int, report: list[str]) -> str:
     """What a method gains over another, over the seeds that both have."""
-    bases = {key[2]: _score(result, report) for key, result in results.items() if key[:2] == (baseline, size)}
+    bases = {key[2]: score(result, report) for key, result in results.items() if key[:2] == (baseline, size)}
     gains = [
-        100 * (_score(result, report) / bases[key[2]] - 1)
+        100 * (score(result, report) / bases[key[2]] - 1)
         for key, result in results.items()
         if key[:2] == (method, size) and bases.get(key[2])
     ]
@@ -153,7 +154,7 @@ def draw_results(runs: dict, report: list[str], folder: Path) -> None:
     sizes = sorted({run.batch_size for run in runs})
     by_size: dict[str, dict[float, list[float]]] = {}
     for run, (_, result) in runs.items():
-        by_size.setdefault(run.method, {}).setdefault(run.batch_size, []).append(_score(result, report))
+        by_size.setdefault(run.method, {}).setdefault(run.batch_size, []).append(score(result, report))
     if len(sizes) > 1:
         lines_with_bands(by_size, "batch size", "mean of report tasks, %", folder / "batch_sizes.png")
     for size in sizes:
