@@ -87,16 +87,24 @@ def load_task(name: str) -> Task:
 def select_tasks(names: list[str]) -> list[Task]:
     """Tasks by name, by group, or from YAML files of the same form, each once, in the order given.
 
+    "FILE.yaml" are all tasks of a file, "FILE.yaml:NAME" is one of them.
+
     Raises:
         UserError: there is no such task, or a description has wrong fields.
     """
     known, chosen = known_tasks(), {}
     groups = sorted({group for task in known.values() for group in task.groups})
     for name in names:
-        if Path(name).suffix in (".yaml", ".yml"):
-            if not Path(name).is_file():
-                raise UserError(f"Task file {name} does not exist.")
-            chosen |= _read(Path(name))
+        file, _, one = name.rpartition(":")
+        if not _is_yaml(file):
+            file, one = name, ""
+        if _is_yaml(file):
+            if not Path(file).is_file():
+                raise UserError(f"Task file {file} does not exist.")
+            found = _read(Path(file))
+            if one and one not in found:
+                raise UserError(f"Task file {file} has no task {one}; there are {', '.join(found)}.")
+            chosen |= {one: found[one]} if one else found
         elif name in groups:
             chosen |= {key: task for key, task in known.items() if name in task.groups}
         elif name in known:
@@ -126,6 +134,10 @@ def aggregate(values: dict[str, float | None]) -> dict[str, dict]:
         mean = None if missing else sum(values[key] for key in members) / len(members)
         aggregates[name] = {"value": mean, "complete": not missing, "missing": missing}
     return aggregates
+
+
+def _is_yaml(name: str) -> bool:
+    return Path(name).suffix in (".yaml", ".yml")
 
 
 def _read(file: Path) -> dict[str, Task]:

@@ -192,6 +192,7 @@ def test_a_task_of_ones_own(trained, tmp_path):
     [
         (["--tasks", "emoji_openmojo"], "did you mean emoji_openmoji?"),
         (["--tasks", "nothing.yaml"], "does not exist"),
+        (["--tasks", "training/recipes/study_tasks.yaml:emoji-v1"], "no task emoji-v1; there are emoji_style_openmoji"),
         (["--tasks", "emoji_openmoji", "--model", "/nowhere/model"], "there is no such folder"),
     ],
 )

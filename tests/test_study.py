@@ -197,5 +197,12 @@ def test_styles_are_kept_apart(tmp_path):
     captions = [caption for caption, style in zip(everything["caption"], everything["style"], strict=True)
                 if style == "twemoji"]  # fmt: skip
     assert [reported.features["label"].int2str(label) for label in reported["label"]] == captions
+    both = "noto+twemoji"  # one set of two styles, with a class for what both call the same
+    result = run(*command[:2], tmp_path, "--reported", both)
+    assert result.returncode == 0, result.stderr
+    joined = datasets.load_dataset("parquet", data_files=str(tmp_path / f"{both}.parquet"), split="train")
+    captions = [caption for caption, style in zip(everything["caption"], everything["style"], strict=True)
+                if style in both.split("+")]  # fmt: skip
+    assert len(joined) == len(captions) > joined.features["label"].num_classes == len(set(captions))
     result = run(*command, "--trained", "notto")
     assert result.returncode == 1 and "No pair has the style notto; there are fluent-emoji-flat, noto" in result.stderr

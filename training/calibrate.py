@@ -4,7 +4,7 @@
     python training/calibrate.py openai/clip-vit-base-patch32 pairs.parquet --output outputs/calibrated
     python eval/run.py --model outputs/calibrated --tasks emoji_openmoji --scoring gallery amortized
 
-DATA is a task of eval/run.py, by name or as a YAML file, or a parquet file with the columns image and caption. The
+DATA is a task of eval/run.py, by name or as FILE.yaml:TASK, or a parquet file with the columns image and caption. The
 encoders stay as they are, so a minute or two on a CPU do. CLIP and SigLIP are converted on the way.
 
 Taking a candidate's log-partition over the gallery off its logits helps where some candidates are near to everything.
@@ -155,7 +155,7 @@ def calibrate(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub repository of a dual encoder of Transformers")
-    parser.add_argument("data", help="task, YAML file of one, or parquet with image and caption")
+    parser.add_argument("data", help="task, FILE.yaml:TASK, or parquet with image and caption")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model with its new heads")
     parser.add_argument("--data_dir", type=Path, default=ROOT, help="folder that the task's data is in")
     parser.add_argument("--samples", type=int, default=1000, help="images to fit to")

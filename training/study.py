@@ -271,8 +271,8 @@ class Harness:
         settings = {m: study.settings(m)[k] for m in study.methods if (k := self.choose(m)) is not None}
         _write(self.output_dir / "table.md", table + "\n")
         tuned = [run for run in self.tuning_runs() if self.result(run) is not None]
-        raw = {"chosen": settings, "tuning": self._rows(tuned), "report": self._rows(runs)}
-        _write(self.output_dir / "results.json", json.dumps(raw, indent=1) + "\n")
+        phases = f'"tuning": [\n{self._rows(tuned)}\n],\n"report": [\n{self._rows(runs)}\n]'
+        _write(self.output_dir / "results.json", f'{{"chosen": {json.dumps(settings)},\n{phases}}}\n')
         with (self.output_dir / "results.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["phase", *Run._fields, "task", "scoring", "value"])
@@ -283,8 +283,9 @@ class Harness:
         draw_results({run: (self.folder(run), self.result(run)) for run in runs}, study.report, self.output_dir)
         return table
 
-    def _rows(self, runs: list[Run]) -> list[dict]:
-        return [run._asdict() | self.result(run) for run in runs]
+    def _rows(self, runs: list[Run]) -> str:
+        """JSON, a line a run."""
+        return ",\n".join(json.dumps(run._asdict() | self.result(run)) for run in runs)
 
 
 def _write(path: Path, text: str) -> None:

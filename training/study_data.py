@@ -3,7 +3,7 @@
     python training/study_data.py pictograms_train.parquet DATA --reported noto-v1 emojione-v1 --trained twemoji noto
 
 DATA gets study_train.parquet, the pairs of the styles `--trained` (or of all others), and for each reported style an
-image-classification set STYLE.parquet, whose classes are its captions.
+image-classification set STYLE.parquet, whose classes are its captions. STYLE+STYLE is one set of both.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def main() -> None:
         raise UserError(f"There is no file {arguments.pictograms}.")
     pairs = datasets.load_dataset("parquet", data_files=str(arguments.pictograms), split="train")
     styles = pairs["style"]
-    trained = set(arguments.trained or styles) - set(arguments.reported)
-    if unknown := (set(arguments.reported) | trained) - set(styles):
+    reported = {name: set(name.split("+")) for name in arguments.reported}
+    trained = set(arguments.trained or styles) - set().union(*reported.values())
+    if unknown := set().union(trained, *reported.values()) - set(styles):
         raise UserError(
             f"No pair has the style {', '.join(sorted(unknown))}; there are {', '.join(sorted(set(styles)))}."
         )
@@ -45,12 +46,12 @@ def main() -> None:
     train = of(trained)
     train.to_parquet(arguments.output_dir / "study_train.parquet")
     print(f"study_train.parquet: {len(train)} pairs")
-    for style in arguments.reported:
-        pictures = of({style}).select_columns(["image", "caption"]).rename_column("caption", "label")
+    for name, some in reported.items():
+        pictures = of(some).select_columns(["image", "caption"]).rename_column("caption", "label")
         names = sorted(set(pictures["label"]))
         pictures = pictures.cast_column("label", datasets.ClassLabel(names=names))
-        pictures.to_parquet(arguments.output_dir / f"{style}.parquet")
-        print(f"{style}.parquet: {len(pictures)} pictures of {len(names)} classes")
+        pictures.to_parquet(arguments.output_dir / f"{name}.parquet")
+        print(f"{name}.parquet: {len(pictures)} pictures of {len(names)} classes")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def measure(folder: Path, tasks: list[Task], calibrated: list[str], batch_size: 
         "batch_error": batch_error(x, y, scale, exact, batch_size),
     }
     last = _lines(folder / "metrics.jsonl")[-1]
-    if "partition_error" in last:
+    if last.get("partition_error"):  # 0 where no heads are fitted
         with torch.no_grad():
             predictions = torch.stack(model.amortizer.cpu()(x, y, scale))
         result["partition"]["head_error"] = error(predictions, exact)
