@@ -238,7 +238,7 @@ def main() -> int:
     parser.add_argument(
         "--model", help="folder or Hub repository; open_clip:NAME/TAG takes open_clip's where installed"
     )
-    parser.add_argument("--tasks", nargs="+", help="tasks or groups (see --list), or FILE.yaml[:TASK] like eval/tasks.yaml")
+    parser.add_argument("--tasks", nargs="+", help="tasks or groups (see --list), or FILE.yaml[:TASK]")
     parser.add_argument("--list", action="store_true", help="list the tasks and stop")
     parser.add_argument("--download", nargs="+", metavar="TASK", help="fetch tasks' data into --data_dir and stop")
     parser.add_argument(

@@ -42,12 +42,12 @@ class AmorLIPObjective(ContrastiveObjective):
 
     @dataclass
     class Arguments:
-        """Settings, with the paper's symbols; defaults are its CC12M recipe."""
+        """Settings, with the paper's symbols; defaults are its CC12M recipe, but for `partition_source`."""
 
         amortization: str = "l2_log"
         regularizer: float = 0.1  # weight of l2_log in kl, kl_sym and js
         positive_weight: float = 1e-3  # c, weight of the positive pair in the partition sums
-        partition_source: str = "target_network"  # what Stage II divides by; batch does without amortization
+        partition_source: str = "blended"  # what Stage II divides by (README, Results); batch: no amortization
         online_steps: int = 3  # T_lambda, Adam steps a fit
         online_every: int = 1  # T_online, steps between fits
         target_every: int = 2  # T_target, steps between updates of the target heads
