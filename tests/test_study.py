@@ -44,7 +44,7 @@ def study_file(held_out):
         "warmup_samples": 32, "evaluations": 1, "grid": {"learning_rate": [1e-3, 1e-2]},
         "methods": {
             "clip": {"objective": "clip"},
-            "ours": {
+            "ours_0.5": {
                 "objective": "amorlip", "amortizer_config": {"head_type": "queue", "size": 32},
                 "grid": {"objective_args.beta": [0.5], "learning_rate": [1e-2, 1e-3]},
             },
@@ -67,21 +67,22 @@ def test_whole_study(study_file, held_out, tmp_path):
     assert len(done) == 4 + 2  # two settings of two methods with seed 0, and the better one of each with seed 1
     raw = json.loads((tmp_path / "results.json").read_text())
     assert len(raw["tuning"]) == len(raw["report"]) == 4
-    for method in ("clip", "ours"):
+    for method in ("clip", "ours_0.5"):
         scores = [r["tasks"]["tiny"]["cosine"] for r in raw["tuning"] if r["method"] == method]
         best = [r["setting"] for r in raw["report"] if r["method"] == method]
         assert set(best) == {scores.index(max(scores))}
     for row in raw["report"]:
         assert row["samples_seen"] == 192 and [p["samples_seen"] for p in row["curve"]] == [96, 192]
-        assert ("head_error" in row["partition"]) == (row["method"] == "ours")
+        assert ("head_error" in row["partition"]) == (row["method"] == "ours_0.5")
         assert row["calibrated"]["tiny"].keys() == {"cosine", "gallery", "amortized", "before"}
         assert row["partition"]["spread"] > 0 and row["partition"]["batch_error"] > 0
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(rows) == 8 * 2 and {row["scoring"] for row in rows} == {"cosine", "gallery"}
     table = (tmp_path / "table.md").read_text()
-    assert table.strip() in result.stdout and "| 16 | ours | 2 |" in table
+    assert table.strip() in result.stdout and "| 16 | ours_0.5 | 2 |" in table
     assert {path.name for path in tmp_path.glob("*.png")} == {"samples_batch16.png", "training_batch16.png"}
     assert not list(tmp_path.glob("runs/*/checkpoints"))
+    assert sorted(path.stem for path in tmp_path.glob("runs/*.log")) == done  # a method's dot is no suffix
 
     # Again: nothing is done twice.
     result = run(*command)
@@ -125,7 +126,7 @@ def test_a_study_that_is_stopped_goes_on_in_the_middle_of_a_run(study_file, held
 
 def test_recipes_of_runs(study_file, tmp_path):
     study = harness(study_file, tmp_path, batch_sizes=[16, 32, 96], overrides={"weight_decay": 0.3})
-    small, large = (study.recipe(Run("ours", 1, size, 3)) for size in (16, 96))
+    small, large = (study.recipe(Run("ours_0.5", 1, size, 3)) for size in (16, 96))
     assert large["learning_rate"] == pytest.approx(small["learning_rate"] * math.sqrt(6)) and small["seed"] == 3
     assert small["learning_rate"] == 1e-3 and small["weight_decay"] == 0.3
     assert small["objective_args"] == {"beta": 0.5} and small["amortizer_config"] == {"head_type": "queue", "size": 32}
@@ -150,7 +151,7 @@ def test_mistakes_are_named(study_file, tmp_path, changes, said):
         harness(study_file, tmp_path, **changes)
 
 
-@pytest.mark.parametrize("name", ["study", "study_demo"])
+@pytest.mark.parametrize("name", ["study", "study_demo", "study_batch_sizes"])
 def test_studies_of_the_repository_are_valid(name, tmp_path):
     from training.arguments import PretrainArguments, build
     from training.objectives import OBJECTIVES

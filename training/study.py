@@ -221,7 +221,7 @@ class Harness:
 
     def _do_one(self, run: Run) -> bool:
         folder = self.folder(run)
-        recipe = folder.parent / f"{run.name}.yaml"
+        recipe, log = (folder.parent / f"{run.name}.{kind}" for kind in ("yaml", "log"))
         wanted = yaml.safe_dump(self.recipe(run), sort_keys=False)
         if folder.exists() and (not recipe.exists() or recipe.read_text(encoding="utf-8") != wanted):
             print(f"failed: {folder} was made with other settings; remove it, or name another --output_dir", flush=True)
@@ -231,8 +231,8 @@ class Harness:
         train = [sys.executable, str(ROOT / "training/pretrain.py"), "--config", str(recipe)]
         if (folder / "run_config.yaml").exists():
             train += ["--resume_from_checkpoint", "latest"]
-        if not self._call(train, folder.with_suffix(".log")):
-            print(f"failed: {run.name}; see {folder.with_suffix('.log')}", flush=True)
+        if not self._call(train, log):
+            print(f"failed: {run.name}; see {log}", flush=True)
             return False
         tasks = list(self.tasks.values())
         result = measure(folder, tasks, self.study.report, self.study.tuning_batch_size)
