@@ -34,7 +34,7 @@ TINY = {
         "model_type": "clip_text_model", "vocab_size": 700, "max_position_embeddings": 32, "hidden_size": 32,
         "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
     },
-    "objective_args": {"beta_decay_epochs": 2},
+    "objective_args": {"beta_decay_epochs": 2, "reinitialize": True},
     "num_train_epochs": 3,
     "per_device_train_batch_size": 16,
     "warmup_steps": 2,

@@ -27,8 +27,11 @@ VARIANTS = [
     ("fastclip", {"version": "v2"}),
     ("fastclip", {"version": "v3"}),
     ("neuclip", {}),
-    *(("amorlip", {"partition_source": source}) for source in ("target_network", "blended", "online", "batch")),
-    ("amorlip", {"partition_source": "blended", "reinitialize": False, "recent_pairs": 24}),
+    *(
+        ("amorlip", {"partition_source": source, "amortization": "l2_log", "reinitialize": True})
+        for source in ("target_network", "blended", "online", "batch")
+    ),
+    ("amorlip", {"recent_pairs": 24}),
 ]
 
 
@@ -122,7 +125,7 @@ def test_neuclip_equals_brute_force():
 )
 def test_amorlip_equals_brute_force(source, reinitialize):
     """Algorithm 1's Stage II, with lambda taken from where it is said to come from."""
-    settings = {"rho": 2.0, "beta_decay_epochs": 1, "target_every": 1}
+    settings = {"rho": 2.0, "beta": 0.8, "target_every": 1}
     objective = make_objective("amorlip", {"partition_source": source, "reinitialize": reinitialize, **settings})
     batch = make_batch(40, d=D, scale=20.0, bias=0.5, dtype=torch.float32)
     objective.on_epoch_start(0, 10)
