@@ -9,8 +9,7 @@ setup(
     description="AmorLIP: efficient language-image pretraining via amortized partition functions",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["modeling_amorlip", "training", "training.objectives", "eval", "eval.metrics"],
-    package_data={"training": ["recipes/*.yaml"], "eval": ["*.yaml"]},
+    packages=["modeling_amorlip"],
     install_requires=[
         "torch>=2.6",
         "transformers>=5.10",  # towers, Auto classes, processors, pipelines
@@ -46,7 +45,7 @@ setup(
             "onnxruntime",  # running what was exported
         ],
         "demo": [
-            "gradio>=6",  # the page of eval/demo.py
+            "gradio>=6",  # the page of eval/apps/demo.py
         ],
         "dev": [
             "amorlip[export,lora]",

@@ -14,13 +14,12 @@ import sys
 from pathlib import Path
 
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, without installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import yaml  # noqa: E402
+import yaml
 
-from eval.errors import UserError, command  # noqa: E402
-from eval.plots import difference_bars, radar, training_curves  # noqa: E402
+from eval.plots import difference_bars, radar, training_curves
+from modeling_amorlip.cli_amorlip import UserError, command
 
 
 DEFAULT_METRICS = ["acc1", "acc5", "text_retrieval_recall@1", "image_retrieval_recall@1", "pixel_baseline_acc1"]

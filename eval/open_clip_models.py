@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
+from modeling_amorlip.cli_amorlip import UserError
 
 
 class OpenCLIPModel(nn.Module):

@@ -11,7 +11,7 @@ import matplotlib
 
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 def contact_sheet(
@@ -37,10 +37,17 @@ def contact_sheet(
         for line, caption in enumerate(captions[:5]):
             text = caption if len(caption) <= 30 else caption[:29] + "…"
             axis.text(
-                0.5, -0.08 - 0.13 * line, text, transform=axis.transAxes, ha="center", va="top", fontsize=8,
-                color="green" if caption == name else "black", weight="bold" if caption == name else "normal",
+                0.5,
+                -0.08 - 0.13 * line,
+                text,
+                transform=axis.transAxes,
+                ha="center",
+                va="top",
+                fontsize=8,
+                color="green" if caption == name else "black",
+                weight="bold" if caption == name else "normal",
                 parse_math=False,
-            )  # fmt: skip
+            )
     figure.subplots_adjust(hspace=space, left=0.02, right=0.98, top=0.98, bottom=0.1)
     figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.2)
     plt.close(figure)

@@ -15,20 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, without installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import yaml  # noqa: E402
+import yaml
 
-from eval.errors import UserError, command  # noqa: E402
-from eval.tasks import ROOT, known_tasks  # noqa: E402
+from eval.tasks import ROOT, known_tasks
+from modeling_amorlip.cli_amorlip import UserError, command
 
 
 PATTERNS = ("*.safetensors", "*.json", "*.jsonl", "*.py", "*.txt", "*.yaml", "*.png", "*.csv")
 SETTINGS = (
-    "objective", "objective_args", "train_data", "num_train_epochs", "per_device_train_batch_size", "learning_rate",
-    "weight_decay", "warmup_steps", "negatives", "seed",
-)  # fmt: skip
+    "objective",
+    "objective_args",
+    "train_data",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "negatives",
+    "seed",
+)
 
 
 @dataclass
@@ -85,9 +92,7 @@ def publish(
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         ModelCard(str(card)).validate()
-        commit = api.create_commit(
-            repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr
-        )  # fmt: skip
+        commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
     except Exception as error:  # the client and what lies under it raise many kinds
         raise UserError(_explain(error, repo_id)) from error
     return commit.pr_url or commit.commit_url
@@ -104,21 +109,34 @@ def read_results(folder: Path, results: Path | None) -> tuple[list[Row], list[tu
             task = known.get(result["task"])
             if result["metric"] in ("acc1", "acc5", task and task.main_metric):
                 title, data = (task.title, task.data or task.repositories[0]) if task else (result["task"],) * 2
-                row = Row(result["task"], title, data, "test", result["metric"], float(result["value"]), None,
-                          int(result["num_samples"]))  # fmt: skip
+                row = Row(
+                    result["task"],
+                    title,
+                    data,
+                    "test",
+                    result["metric"],
+                    float(result["value"]),
+                    None,
+                    int(result["num_samples"]),
+                )
                 rows.append(row)
         return rows, []
     try:
         report = json.loads(results.read_text(encoding="utf-8"))
         rows = [
             Row(
-                name, entry["title"], entry["dataset"]["name"], entry["dataset"]["split"], entry["main_metric"],
+                name,
+                entry["title"],
+                entry["dataset"]["name"],
+                entry["dataset"]["split"],
+                entry["main_metric"],
                 float(entry["metrics"][entry["main_metric"]]["value"]),
-                entry["metrics"][entry["main_metric"]]["ci95"], int(entry["num_samples"]),
+                entry["metrics"][entry["main_metric"]]["ci95"],
+                int(entry["num_samples"]),
             )
             for name, entry in report["tasks"].items()
             if entry["status"] == "complete"
-        ]  # fmt: skip
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--results {results} is not what eval/run.py writes ({error!r}).") from None
     aggregates = [
@@ -155,13 +173,17 @@ def make_card(folder: Path, repo_id: str, rows: list[Row], aggregates: list[tupl
         model_name=repo_id.split("/")[-1],
         eval_results=[
             EvalResult(
-                task_type=row.task_type, dataset_type=row.dataset, dataset_name=row.title, dataset_split=row.split,
-                metric_type=row.metric, metric_value=round(100 * row.value, 2),
+                task_type=row.task_type,
+                dataset_type=row.dataset,
+                dataset_name=row.title,
+                dataset_split=row.split,
+                metric_type=row.metric,
+                metric_value=round(100 * row.value, 2),
             )
             for row in rows
         ]
         or None,
-    )  # fmt: skip
+    )
     return ModelCard.from_template(
         data,
         template_path=str(ROOT / "model_cards/model.md"),
@@ -240,9 +262,14 @@ def main() -> int:
         arguments.card_only.write_text(str(card), encoding="utf-8")
         return 0
     url = publish(
-        arguments.folder, arguments.repo_id, arguments.results, private=arguments.private,
-        revision=arguments.revision, create_pr=arguments.create_pr, message=arguments.message,
-    )  # fmt: skip
+        arguments.folder,
+        arguments.repo_id,
+        arguments.results,
+        private=arguments.private,
+        revision=arguments.revision,
+        create_pr=arguments.create_pr,
+        message=arguments.message,
+    )
     print(url)
     return 0
 

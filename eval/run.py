@@ -10,90 +10,26 @@ Each task's result is written as soon as it is there. The same command again goe
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
 import json
 import os
-import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, without installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
+import torch
 
-from eval.errors import UserError, command  # noqa: E402
-from eval.evaluators import RESAMPLES, SCORINGS, Share, evaluate_task  # noqa: E402
-from eval.plots import score_bars  # noqa: E402
-from eval.probes import PROBES  # noqa: E402
-from eval.publish import publish  # noqa: E402
-from eval.tasks import ROOT, Task, aggregate, known_tasks, select_tasks  # noqa: E402
-
-
-SCHEMA_VERSION = 3
-
-
-def evaluate(model, processor, task: Task, share: Share, sheet: Path | None = None) -> list[dict]:
-    """A task's metrics while a model is trained: [{"task", "metric", "value" (a fraction), "num_samples"}, ...]."""
-    entry = evaluate_task(model, processor, task, share=share, sheet=sheet, resamples=0)
-    return [
-        {"task": task.name, "metric": name, "value": metric["value"], "num_samples": entry["num_samples"]}
-        for name, metric in entry["metrics"].items()
-    ]
-
-
-def print_table(results: list[dict]) -> None:
-    """What `evaluate` returns as a table, in per cent."""
-    print(f"{'task':<20} {'metric':<28} {'value %':>8} {'samples':>8}")
-    for result in results:
-        print(f"{result['task']:<20} {result['metric']:<28} {100 * result['value']:8.2f} {result['num_samples']:8d}")
-
-
-def print_report(report: dict) -> None:
-    """Tasks with their main metrics by each way of scoring, and aggregates, in per cent."""
-    extra = [name for name in report["scoring"] if name != "cosine"]
-    print(
-        f"{'task':<48} {'metric':<24} {'cosine':>7} {'95 % interval':>15}" + "".join(f" {n:>9}" for n in extra), end=""
-    )
-    print("  samples")
-    for name, entry in report["tasks"].items():
-        main = entry["main_metric"]
-        if entry["status"] in ("missing", "failed"):
-            print(f"{name:<48} {main:<24} {entry['status']}: {entry['reason']}")
-            continue
-        metric = entry["metrics"][main]
-        interval = "{:.2f} - {:.2f}".format(*(100 * v for v in metric["ci95"])) if metric["ci95"] else ""
-        others = "".join(
-            f" {100 * entry['scoring'][n][main]['value']:9.2f}" if n in entry["scoring"] else f" {'':>9}" for n in extra
-        )
-        note = f"  ({entry['reason']})" if entry["reason"] else ""
-        value = 100 * metric["value"]
-        print(f"{name:<48} {main:<24} {value:7.2f} {interval:>15}{others} {entry['num_samples']:8d}{note}")
-    for name, value in report["aggregates"].items():
-        missing = f"incomplete: {len(value['missing'])} tasks are missing, partial or failed"
-        print(f"{name:<73} " + (f"{100 * value['value']:7.2f}" if value["complete"] else missing))
-
-
-def load_model(name: str):
-    """(model, processor) of a folder or repository; raises `UserError` when they cannot be loaded."""
-    from transformers import AutoModel, AutoProcessor
-
-    import modeling_amorlip  # noqa: F401  registers AmorLIP
-
-    if name.startswith("open_clip:"):
-        from eval.open_clip_models import load_open_clip
-
-        return load_open_clip(name.removeprefix("open_clip:"))
-    if (name.startswith((".", "/")) or name.count("/") > 1) and not Path(name).is_dir():
-        raise UserError(f"--model {name}: there is no such folder.")
-    try:
-        return AutoModel.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model {name} cannot be loaded: {reason}") from None
+from eval.download import download
+from eval.evaluators.probes import PROBES
+from eval.models import load_model, revision
+from eval.publish import publish
+from eval.report import SCHEMA_VERSION, _code_version, print_report, write_report
+from eval.runner import RESAMPLES, Share, evaluate_task
+from eval.scoring import SCORINGS
+from eval.tasks import ROOT, Task, aggregate, known_tasks, select_tasks
+from modeling_amorlip.cli_amorlip import UserError, command
 
 
 def run_tasks(model, processor, tasks: list[Task], report: dict, arguments: argparse.Namespace, share: Share) -> None:
@@ -106,18 +42,31 @@ def run_tasks(model, processor, tasks: list[Task], report: dict, arguments: argp
             continue
         try:
             entry = evaluate_task(
-                model, processor, task, arguments.data_dir, arguments.batch_size, tuple(arguments.scoring), share,
-                arguments.contact_sheet, arguments.bootstrap, tuple(arguments.probe),
-            )  # fmt: skip
+                model,
+                processor,
+                task,
+                arguments.data_dir,
+                arguments.batch_size,
+                tuple(arguments.scoring),
+                share,
+                arguments.contact_sheet,
+                arguments.bootstrap,
+                tuple(arguments.probe),
+            )
         except Exception as error:  # one task's trouble is not to cost the others
             # What the data lacks is missing; anything else failed. Every process comes to the same end.
             status = "missing" if isinstance(error, UserError) else "failed"
             entry = {
-                "title": task.title, "status": status, "reason": f"{str(error).strip() or type(error).__name__}",
+                "title": task.title,
+                "status": status,
+                "reason": f"{str(error).strip() or type(error).__name__}",
                 "dataset": {"name": task.repositories[0] if task.repositories else task.data, "split": task.split},
-                "num_samples": 0, "expected_samples": task.size, "main_metric": task.main_metric, "metrics": {},
+                "num_samples": 0,
+                "expected_samples": task.size,
+                "main_metric": task.main_metric,
+                "metrics": {},
                 "scoring": {},
-            }  # fmt: skip
+            }
         report["tasks"][task.name] = entry
         complete = {
             name: entry["metrics"][entry["main_metric"]]["value"] if entry["status"] == "complete" else None
@@ -158,78 +107,12 @@ def new_report(arguments: argparse.Namespace, model) -> dict:
     return report
 
 
-def write_report(report: dict, path: Path) -> None:
-    """The report as JSON, and beside it its metrics as CSV and a plot; each is there whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, path)
-    with aside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["task", "status", "scoring", "metric", "value", "ci95_low", "ci95_high", "num_samples"])
-        for name, entry in report["tasks"].items():
-            for scoring, metrics in {"cosine": entry["metrics"], **entry["scoring"]}.items():
-                for metric, value in metrics.items():
-                    interval = value["ci95"] or ["", ""]
-                    writer.writerow(
-                        [name, entry["status"], scoring, metric, value["value"], *interval, entry["num_samples"]]
-                    )
-    os.replace(aside, path.with_suffix(".csv"))
-    known, scores = known_tasks(), []
-    for name, entry in report["tasks"].items():
-        if metric := entry["metrics"].get(entry["main_metric"]):
-            scores.append(
-                (entry["title"], metric["value"], metric["ci95"], getattr(known.get(name), "random_score", None))
-            )
-    if scores:
-        score_bars(scores, aside.with_suffix(".png"))
-        os.replace(aside.with_suffix(".png"), path.with_suffix(".png"))
-
-
 def list_tasks() -> None:
     print(f"{'task':<48} {'groups':<34} {'main metric':<22} {'samples':>8} {'classes':>8} {'random %':>9}")
     for task in known_tasks().values():
         random = "" if task.random_score is None else f"{100 * task.random_score:.2f}"
         groups, classes = " ".join(task.groups), task.num_classes or ""
         print(f"{task.name:<48} {groups:<34} {task.main_metric:<22} {task.size:8d} {classes:>8} {random:>9}")
-
-
-def download(tasks: list[Task], data_dir: Path) -> None:
-    """Fetches tasks' repositories from the Hub; what is there already is not fetched again."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    for task in tasks:
-        if not task.repositories:
-            raise UserError(f"Task {task.name} has no repository to download: it reads {task.data}.")
-        for repository in task.repositories:
-            folder = data_dir / repository.split("/")[-1]
-            try:
-                snapshot_download(repository, repo_type="dataset", local_dir=folder)
-            except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:  # of names that lead out
-                reason = str(error).strip().splitlines()[0]
-                print(f"{task.name}: {repository} cannot be had: {reason}", file=sys.stderr)
-                continue
-            print(f"{task.name}: {folder}")
-            break
-        else:
-            raise UserError(f"Task {task.name}: none of {', '.join(task.repositories)} could be downloaded.")
-
-
-def revision(name: str, model) -> str | None:
-    """The commit of a model from the Hub; of a folder, the beginning of its weights' SHA-256."""
-    if weights := sorted(Path(name).glob("model*.safetensors")):
-        digest = hashlib.sha256()
-        for file in weights:
-            digest.update(file.read_bytes())
-        return digest.hexdigest()[:12]
-    return getattr(model.config, "_commit_hash", None)
-
-
-def _code_version() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
 
 
 @command

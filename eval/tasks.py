@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from .errors import UserError
+from modeling_amorlip.cli_amorlip import UserError
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,11 +19,10 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
 
-if not __package__:  # run as a file: this folder has a module of the package's name
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from modeling_amorlip import AmorLIPModel  # noqa: E402
-from modeling_amorlip.open_clip_amorlip import open_clip_config, to_open_clip_names  # noqa: E402
+from modeling_amorlip import AmorLIPModel
+from modeling_amorlip.open_clip_amorlip import open_clip_config, to_open_clip_names
 
 
 def export_open_clip(model: AmorLIPModel, folder: str | os.PathLike, processor=None) -> None:

@@ -30,11 +30,10 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPImageProce
 from transformers.utils import cached_file
 
 
-if not __package__:  # run as a file: this folder has a module of the package's name
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from modeling_amorlip import AmorLIPConfig, AmorLIPModel  # noqa: E402
-from modeling_amorlip.open_clip_amorlip import from_open_clip_names, open_clip_architecture  # noqa: E402
+from modeling_amorlip import AmorLIPConfig, AmorLIPModel
+from modeling_amorlip.open_clip_amorlip import from_open_clip_names, open_clip_architecture
 
 
 TRANSFORMERS_TYPES = ("clip", "siglip", "siglip2")

@@ -47,9 +47,19 @@ def log_sum_exps(rows: Tensor, columns: Tensor, scale: Tensor, offset: int, log_
         by_row = rows.new_empty(blocks[1], len(panel), dtype=torch.float32)
         by_column = rows.new_empty(blocks[0], number, dtype=torch.float32)
         _log_sum_exps_kernel[blocks](
-            panel, columns, scale, by_row, by_column,
-            len(panel), number, rows.shape[1], start + offset, log_weight, **BLOCKS, **OPTIONS,
-        )  # fmt: skip
+            panel,
+            columns,
+            scale,
+            by_row,
+            by_column,
+            len(panel),
+            number,
+            rows.shape[1],
+            start + offset,
+            log_weight,
+            **BLOCKS,
+            **OPTIONS,
+        )
         log_rows.append(by_row.logsumexp(0))
         log_columns = torch.logaddexp(log_columns, by_column.logsumexp(0))
     return torch.cat(log_rows), log_columns
@@ -69,9 +79,22 @@ def exponential_weights(
     weights = rows.new_empty(len(rows), len(columns), dtype=dtype)
     sums = rows.new_empty(blocks, dtype=torch.float32)
     _exponential_weights_kernel[blocks](
-        rows, columns, scale.float(), a, b, u, v, weights, sums,
-        len(rows), len(columns), rows.shape[1], offset, **BLOCKS, **OPTIONS,
-    )  # fmt: skip
+        rows,
+        columns,
+        scale.float(),
+        a,
+        b,
+        u,
+        v,
+        weights,
+        sums,
+        len(rows),
+        len(columns),
+        rows.shape[1],
+        offset,
+        **BLOCKS,
+        **OPTIONS,
+    )
     return weights, sums.sum()
 
 
@@ -79,9 +102,17 @@ if triton is not None:
 
     @triton.jit
     def _logits_block(
-        x, y, scale, n, number, dim,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
-    ):  # fmt: skip
+        x,
+        y,
+        scale,
+        n,
+        number,
+        dim,
+        BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        UPCAST: tl.constexpr,
+    ):
         """(logits, row indices [M, 1], column indices [1, N], which of the block there are) of this program."""
         i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -102,9 +133,21 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["offset"])
     def _log_sum_exps_kernel(
-        x, y, scale, by_row, by_column, n, number, dim, offset, log_weight,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
-    ):  # fmt: skip
+        x,
+        y,
+        scale,
+        by_row,
+        by_column,
+        n,
+        number,
+        dim,
+        offset,
+        log_weight,
+        BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        UPCAST: tl.constexpr,
+    ):
         """by_row [column blocks, n] and by_column [row blocks, N]: log-sum-exps of this program's block."""
         logits, i, j, exists = _logits_block(x, y, scale, n, number, dim, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST)
         logits = tl.where(j == i + offset, logits + log_weight, logits)
@@ -123,9 +166,24 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["offset"])
     def _exponential_weights_kernel(
-        x, y, scale, a, b, u, v, weights, sums, n, number, dim, offset,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
-    ):  # fmt: skip
+        x,
+        y,
+        scale,
+        a,
+        b,
+        u,
+        v,
+        weights,
+        sums,
+        n,
+        number,
+        dim,
+        offset,
+        BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        UPCAST: tl.constexpr,
+    ):
         """weights [n, N] and sums [row blocks, column blocks] of this program's block."""
         logits, i, j, exists = _logits_block(x, y, scale, n, number, dim, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST)
         by_row = tl.load(u + i, mask=i < n, other=0.0) * tl.exp(logits - tl.load(a + i, mask=i < n, other=float("inf")))

@@ -26,8 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .distributed_amorlip import all_gather, world_size
 from .kernels_amorlip import kernels_run_on
-from .tiles_amorlip import LogPartitions, PairSum, all_gather, exponential_pass, sigmoid_pass, world_size
+from .tiles_amorlip import LogPartitions, PairSum, exponential_pass, sigmoid_pass
 
 
 Negatives = Literal["local", "global"]
@@ -67,9 +68,7 @@ def log_partitions(
     image_embeds, text_embeds, gathered_texts = _in_autocast_dtype(image_embeds, text_embeds, gathered_texts)
     scale, bias = _as_scalars(image_embeds, logit_scale, logit_bias)
     columns, offset = _columns(text_embeds, negatives, gathered_texts)
-    return LogPartitions.apply(
-        image_embeds, text_embeds, scale, bias, columns, offset, positive_weight, tile_size
-    )  # fmt: skip
+    return LogPartitions.apply(image_embeds, text_embeds, scale, bias, columns, offset, positive_weight, tile_size)
 
 
 def amortized_contrastive_loss(
@@ -112,9 +111,15 @@ def amortized_contrastive_loss(
         log_text = all_gather(log_text)
     one = torch.ones_like(scale)
     compute = functools.partial(
-        exponential_pass, row_shift=log_image, column_shift=log_text, row_coefficient=one, column_coefficient=one,
-        positive_weight=positive_weight, tile_size=tile_size, pull=2.0,
-    )  # fmt: skip
+        exponential_pass,
+        row_shift=log_image,
+        column_shift=log_text,
+        row_coefficient=one,
+        column_coefficient=one,
+        positive_weight=positive_weight,
+        tile_size=tile_size,
+        pull=2.0,
+    )
     return PairSum.apply(image_embeds, text_embeds, scale, bias, columns, offset, compute)
 
 

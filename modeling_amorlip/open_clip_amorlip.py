@@ -40,13 +40,28 @@ TRANSPOSED = ("visual.proj", "text_projection")  # OpenCLIP multiplies from the 
 
 # What a model_cfg of OpenCLIP may say; anything else, if set, asks for an architecture that is not CLIP's.
 MODEL_FIELDS = {
-    "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias",
-}  # fmt: skip
+    "embed_dim",
+    "vision_cfg",
+    "text_cfg",
+    "quick_gelu",
+    "custom_text",
+    "init_logit_scale",
+    "init_logit_bias",
+}
 VISION_FIELDS = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "patch_dropout"}
 TEXT_FIELDS = {
-    "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pool_type", "eos_id",
-    "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode",
-}  # fmt: skip
+    "context_length",
+    "vocab_size",
+    "width",
+    "heads",
+    "layers",
+    "mlp_ratio",
+    "pool_type",
+    "eos_id",
+    "hf_tokenizer_name",
+    "tokenizer_kwargs",
+    "tokenizer_mode",
+}
 
 
 def open_clip_architecture(weights: dict[str, Tensor], model_cfg: dict, hidden_act: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import kernels_amorlip as kernels
+from .distributed_amorlip import all_gather
 
 
 HIGHEST = 60.0  # largest exponent taken, so that sums of any length stay below float32's e^88
@@ -253,9 +254,18 @@ class LogPartitions(torch.autograd.Function):
             column_upstream = all_gather(column_upstream)
         with torch.autocast(rows.device.type, enabled=False):
             _, bias_grad, scale_grad, row_grad, column_grad = exponential_pass(
-                rows, columns, scale, bias, offset, log_rows, log_columns,
-                row_upstream, column_upstream, positive_weight, tile_size,
-            )  # fmt: skip
+                rows,
+                columns,
+                scale,
+                bias,
+                offset,
+                log_rows,
+                log_columns,
+                row_upstream,
+                column_upstream,
+                positive_weight,
+                tile_size,
+            )
         column_grad = _reduce_to_own(column_grad, offset, len(rows), gathered)
         return row_grad.to(rows.dtype), column_grad.to(columns.dtype), scale_grad, bias_grad, *[None] * 4
 
@@ -283,20 +293,6 @@ class PairSum(torch.autograd.Function):
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def all_gather(tensor: Tensor) -> Tensor:
-    """Concatenates equally shaped tensors of all processes along the first dimension, in order of rank."""
-    tensor = tensor.detach().contiguous()
-    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, tensor)
-    return torch.cat(gathered)
-
-
-def world_size() -> int:
-    """Number of processes, 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _reduce_to_own(gradient: Tensor, offset: int, length: int, gathered: bool) -> Tensor:

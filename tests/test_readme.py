@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, with_threads
+
+from tests.helpers.checkout import ROOT, with_threads
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,8 +41,8 @@ def commands(title: str) -> list[str]:
     shell = "\n".join(re.findall(r"```bash\n(.*?)```", section(title), re.S))
     lines = shell.replace("\\\n", "").splitlines()
     wanted = (
-        "python eval/search.py",
-        "python eval/classify.py",
+        "python eval/apps/search.py",
+        "python eval/apps/classify.py",
         "python -m modeling_amorlip.export",
         "python eval/run.py",
     )

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .objectives import ObjectiveOutput
+from training.objectives import ObjectiveOutput
 
 
 def cached_backward(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .arguments import PretrainArguments
+from training.config import PretrainArguments
 
 
 def make_optimizer(model: nn.Module, arguments: PretrainArguments) -> torch.optim.AdamW:

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout, without installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval.errors import command  # noqa: E402
-from training.arguments import parse_arguments  # noqa: E402
+from modeling_amorlip.cli_amorlip import command
+from training.config import parse_arguments
 
 
 @command

@@ -14,27 +14,36 @@ from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from tqdm import tqdm
 
-from eval.errors import UserError
-from eval.evaluators import Share
 from eval.plots import training_curves
 from eval.publish import publish
-from eval.run import evaluate, print_table
+from eval.report import print_table
+from eval.run import evaluate
+from eval.runner import Share
 from eval.tasks import load_task
-
-from .arguments import PretrainArguments, build, unknown_name
-from .checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
-from .data import Collator, EpochOrder, PairSampler, make_dataloader
-from .gradient_cache import cached_backward
-from .guards import Guards
-from .interruption import Interruption, meet_lost_workers_when_asked
-from .logbook import Logbook, flat
-from .lora import add_adapters, save_adapted
-from .modeling import PairEncoder, build_model
-from .objectives import OBJECTIVES, ObjectiveOutput
-from .optimization import make_optimizer, norms_by_group, set_learning_rates, settle_logit_scale, skip_if_not_finite
-from .sources import open_pairs
-from .throughput import FlopMeter
-from .validation import held_out, validation_loss
+from modeling_amorlip.cli_amorlip import UserError
+from training.build import build_model
+from training.config import PretrainArguments, build, unknown_name
+from training.data.collate import Collator
+from training.data.dataset import make_dataloader
+from training.data.mixture import open_pairs
+from training.data.order import EpochOrder, PairSampler
+from training.gradient_cache import cached_backward
+from training.model.encoder import PairEncoder
+from training.model.lora import add_adapters, save_adapted
+from training.objectives import OBJECTIVES, ObjectiveOutput
+from training.optimization import (
+    make_optimizer,
+    norms_by_group,
+    set_learning_rates,
+    settle_logit_scale,
+    skip_if_not_finite,
+)
+from training.run.checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from training.run.flops import FlopMeter
+from training.run.guards import Guards
+from training.run.preemption import Interruption, meet_lost_workers_when_asked
+from training.run.run_logger import Logbook, flat
+from training.validation import held_out, validation_loss
 
 
 RESUME = ["--resume_from_checkpoint", "latest"]
@@ -109,9 +118,13 @@ class Trainer:
             raise UserError(f"validation_samples {arguments.validation_samples} are not below the {len(pairs)} pairs.")
         order = EpochOrder(pairs, arguments, held_out(len(pairs), arguments.validation_samples))
         self.sampler = PairSampler(
-            order, len(order), arguments.per_device_train_batch_size, self.accelerator.num_processes,
-            self.accelerator.process_index, groups,
-        )  # fmt: skip
+            order,
+            len(order),
+            arguments.per_device_train_batch_size,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+            groups,
+        )
         self.total_steps = arguments.num_train_epochs * self.sampler.steps_per_epoch
         if arguments.max_steps > 0:
             self.total_steps = min(self.total_steps, arguments.max_steps)
@@ -125,9 +138,13 @@ class Trainer:
         self.dataloader = make_dataloader(pairs, arguments, image_size, self.collator, self.sampler)
 
         encoder = PairEncoder(
-            model, image_processor.image_mean, image_processor.image_std, arguments.freeze, arguments.patch_dropout,
+            model,
+            image_processor.image_mean,
+            image_processor.image_std,
+            arguments.freeze,
+            arguments.patch_dropout,
             arguments.text_groups,
-        )  # fmt: skip
+        )
         if arguments.sync_batchnorm and self.accelerator.num_processes > 1:
             if self.accelerator.device.type == "cpu":
                 raise UserError("sync_batchnorm needs GPUs: torch cannot join batch statistics on CPUs; leave it out.")
@@ -199,9 +216,13 @@ class Trainer:
         arguments, state, accelerator = self.arguments, self.state, self.accelerator
         self.encoder.train()
         progress = tqdm(
-            total=self.total_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process,
-            dynamic_ncols=True, mininterval=1,
-        )  # fmt: skip
+            total=self.total_steps,
+            initial=state.step,
+            unit="step",
+            disable=not accelerator.is_main_process,
+            dynamic_ncols=True,
+            mininterval=1,
+        )
         batches = iter(self.dataloader)
         meet_lost_workers_when_asked()
         self._begin_interval()

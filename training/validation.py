@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .arguments import PretrainArguments
-from .data import Collator, PairDataset
-from .objectives.clip import CLIPObjective
-from .sources import Mixture
+from training.config import PretrainArguments
+from training.data.collate import Collator
+from training.data.dataset import PairDataset
+from training.data.mixture import Mixture
+from training.objectives.clip import CLIPObjective
 
 
 PLAIN = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}
@@ -37,9 +38,12 @@ def validation_loss(
     plain = dataclasses.replace(arguments, augmentation=PLAIN, keywords_column=None, alternative_captions_column=None)
     keys = [(0, int(index)) for index in held_out(len(pairs), arguments.validation_samples)]
     loader = DataLoader(
-        PairDataset(pairs, plain, image_size), arguments.per_device_train_batch_size, sampler=keys,
-        collate_fn=collator, generator=torch.Generator(),
-    )  # fmt: skip
+        PairDataset(pairs, plain, image_size),
+        arguments.per_device_train_batch_size,
+        sampler=keys,
+        collate_fn=collator,
+        generator=torch.Generator(),
+    )
     encoder.eval()
     encoded = []
     for batch in loader:

@@ -20,17 +20,18 @@ import time
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # from a checkout, without installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import datasets  # noqa: E402
-import torch  # noqa: E402
-from accelerate import PartialState  # noqa: E402
-from accelerate.utils import gather_object  # noqa: E402
-from PIL import Image  # noqa: E402
+import datasets
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
 
-from eval.encode import encode_images, pixels_for  # noqa: E402
-from eval.evaluators import Share  # noqa: E402
-from eval.run import load_model  # noqa: E402
+from eval.models import load_model
+from eval.runner import Share
+from modeling_amorlip.embedder_amorlip import encode_images
+from modeling_amorlip.images_amorlip import pixels_for
 
 
 def main() -> int:

@@ -1,11 +1,11 @@
 """Training objectives: one interface (`base.ContrastiveObjective`), one line here each."""
 
-from .amorlip import AmorLIPObjective
-from .base import ContrastiveObjective, ObjectiveOutput
-from .clip import CLIPObjective, DCLObjective
-from .fastclip import FastCLIPObjective, SogCLRObjective
-from .neuclip import NeuCLIPObjective
-from .siglip import SigLIPObjective
+from training.objectives.amorlip import AmorLIPObjective
+from training.objectives.base import ContrastiveObjective, ObjectiveOutput
+from training.objectives.clip import CLIPObjective, DCLObjective
+from training.objectives.fastclip import FastCLIPObjective, SogCLRObjective
+from training.objectives.neuclip import NeuCLIPObjective
+from training.objectives.siglip import SigLIPObjective
 
 
 OBJECTIVES: dict[str, type[ContrastiveObjective]] = {

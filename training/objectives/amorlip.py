@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from modeling_amorlip.amortizer_amorlip import AmorLIPAmortizer, EmbeddingRing
+from modeling_amorlip.distributed_amorlip import all_gather, average_across_processes, share_from_main
 from modeling_amorlip.loss_amorlip import (
     AMORTIZATION_OBJECTIVES,
     amortization_loss,
@@ -17,9 +18,8 @@ from modeling_amorlip.loss_amorlip import (
     gather_texts,
     log_partitions,
 )
-from modeling_amorlip.tiles_amorlip import all_gather, log_sum_exps
-
-from .base import ContrastiveObjective, ObjectiveOutput, average_across_processes, fit, share_from_main
+from modeling_amorlip.tiles_amorlip import log_sum_exps
+from training.objectives.base import ContrastiveObjective, ObjectiveOutput, fit
 
 
 LARGEST_LOG_RATIO = 10.0
@@ -124,9 +124,11 @@ class AmorLIPObjective(ContrastiveObjective):
         settings, source = self.arguments, self.arguments.partition_source
         texts = gather_texts(text_embeds, self.negatives)
         batch = dict(
-            logit_bias=logit_bias, positive_weight=settings.positive_weight,
-            negatives=self.negatives, gathered_texts=texts,
-        )  # fmt: skip
+            logit_bias=logit_bias,
+            positive_weight=settings.positive_weight,
+            negatives=self.negatives,
+            gathered_texts=texts,
+        )
         log_count = self.log_num_pairs(len(image_embeds), settings.positive_weight)
 
         def predict(heads: AmorLIPAmortizer) -> list[torch.Tensor]:
@@ -211,11 +213,14 @@ class AmorLIPObjective(ContrastiveObjective):
         def loss() -> torch.Tensor:
             return sum(
                 amortization_loss(
-                    prediction, target, objective=settings.amortization,
-                    log_z_batch=estimate, regularizer=settings.regularizer,
+                    prediction,
+                    target,
+                    objective=settings.amortization,
+                    log_z_batch=estimate,
+                    regularizer=settings.regularizer,
                 )
                 for prediction, target, estimate in zip(predict(self.online), log_targets, log_z, strict=True)
-            )  # fmt: skip
+            )
 
         fit(self.online, self.optimizer, loss, settings.online_steps)
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from modeling_amorlip import AmorLIPAmortizer, AmorLIPConfig
-from modeling_amorlip.tiles_amorlip import all_gather, world_size
+from modeling_amorlip.distributed_amorlip import all_gather, average_across_processes, world_size
 
 
 DECOUPLED = 1e-100
@@ -101,28 +100,3 @@ def fit(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], 
                 parameter.grad = gradient
             optimizer.step()
     optimizer.zero_grad()
-
-
-def average_across_processes(tensors: list[Tensor]) -> None:
-    """Replaces tensors by their means over all processes, in one collective."""
-
-    def average(flat: Tensor) -> None:
-        dist.all_reduce(flat)
-        flat /= world_size()
-
-    _in_one_collective(tensors, average)
-
-
-def share_from_main(tensors: list[Tensor]) -> None:
-    """Replaces tensors by the first process's, in one collective."""
-    _in_one_collective(tensors, lambda flat: dist.broadcast(flat, 0))
-
-
-@torch.no_grad()
-def _in_one_collective(tensors: list[Tensor], collective: Callable[[Tensor], None]) -> None:
-    if world_size() == 1 or not tensors:
-        return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    collective(flat)
-    for tensor, value in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(value.view_as(tensor))

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from modeling_amorlip.loss_amorlip import log_partitions, positive_logits
-
-from .base import DECOUPLED, ContrastiveObjective, ObjectiveOutput
+from training.objectives.base import DECOUPLED, ContrastiveObjective, ObjectiveOutput
 
 
 class CLIPObjective(ContrastiveObjective):
@@ -21,9 +20,13 @@ class CLIPObjective(ContrastiveObjective):
 
     def forward(self, image_embeds, text_embeds, logit_scale, logit_bias=None, sample_ids=None) -> ObjectiveOutput:
         log_z_image, log_z_text = log_partitions(
-            image_embeds, text_embeds, logit_scale,
-            logit_bias=logit_bias, positive_weight=self.positive_weight, negatives=self.negatives,
-        )  # fmt: skip
+            image_embeds,
+            text_embeds,
+            logit_scale,
+            logit_bias=logit_bias,
+            positive_weight=self.positive_weight,
+            negatives=self.negatives,
+        )
         positives = positive_logits(image_embeds, text_embeds, logit_scale, logit_bias)
         return ObjectiveOutput(((log_z_image + log_z_text) / 2 - positives).mean())
 

@@ -14,10 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from modeling_amorlip.distributed_amorlip import all_gather, world_size
 from modeling_amorlip.loss_amorlip import log_partitions, positive_logits
-from modeling_amorlip.tiles_amorlip import all_gather, world_size
-
-from .base import DECOUPLED, ContrastiveObjective, ObjectiveOutput
+from training.objectives.base import DECOUPLED, ContrastiveObjective, ObjectiveOutput
 
 
 class FastCLIPObjective(ContrastiveObjective):

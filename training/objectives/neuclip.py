@@ -14,8 +14,7 @@ from torch import Tensor
 
 from modeling_amorlip.amortizer_amorlip import AmorLIPAmortizer
 from modeling_amorlip.loss_amorlip import amortization_loss, gather_texts, log_partitions, positive_logits
-
-from .base import DECOUPLED, ContrastiveObjective, ObjectiveOutput, fit
+from training.objectives.base import DECOUPLED, ContrastiveObjective, ObjectiveOutput, fit
 
 
 class NeuCLIPObjective(ContrastiveObjective):
@@ -63,9 +62,13 @@ class NeuCLIPObjective(ContrastiveObjective):
         settings = self.arguments
         texts = gather_texts(text_embeds, self.negatives)
         log_z = log_partitions(
-            image_embeds, text_embeds, logit_scale,
-            positive_weight=DECOUPLED, negatives=self.negatives, gathered_texts=texts,
-        )  # fmt: skip
+            image_embeds,
+            text_embeds,
+            logit_scale,
+            positive_weight=DECOUPLED,
+            negatives=self.negatives,
+            gathered_texts=texts,
+        )
         positives = positive_logits(image_embeds, text_embeds, logit_scale)
         log_g = torch.stack(log_z) - positives - self.log_num_pairs(len(image_embeds), 0)
         log_epsilon = torch.full((), math.log(settings.epsilon), device=log_g.device)
@@ -81,9 +84,11 @@ class NeuCLIPObjective(ContrastiveObjective):
         self.step += 1
         target = log_g.detach()
         fit(
-            self.network, self.optimizer,
-            lambda: amortization_loss(predict(), target, objective="conjugate"), settings.network_steps,
-        )  # fmt: skip
+            self.network,
+            self.optimizer,
+            lambda: amortization_loss(predict(), target, objective="conjugate"),
+            settings.network_steps,
+        )
         with torch.no_grad():
             alpha = predict()
             alpha = torch.maximum(alpha, target - 30)

@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 
 from modeling_amorlip.loss_amorlip import sigmoid_contrastive_loss
-
-from .base import ContrastiveObjective, ObjectiveOutput
+from training.objectives.base import ContrastiveObjective, ObjectiveOutput
 
 
 class SigLIPObjective(ContrastiveObjective):

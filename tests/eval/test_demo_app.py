@@ -1,0 +1,164 @@
+"""eval/apps/demo.py started as the README says: through its HTTP interface, and in a browser."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import requests
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+from eval.apps.classify import embed_labels, label_probabilities
+from modeling_amorlip.embedder_amorlip import encode_images
+from tests.helpers.checkout import ROOT, run, with_threads
+
+
+LABELS = ["airplane", "red heart", "angry face"]
+BARS = ("dt", "dd", "meter")  # of a label on the page: its name, its per cent, its bar
+
+
+@pytest.fixture(scope="module")
+def uploads(tmp_path_factory):
+    """Where the demo's temporary files go."""
+    return tmp_path_factory.mktemp("uploads")
+
+
+@pytest.fixture(scope="module")
+def demo(tiny_model, uploads, tmp_path_factory):
+    """The address of a demo that runs in its own process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "eval/apps/demo.py", "--model", tiny_model, "--port", str(port)]
+    log = tmp_path_factory.mktemp("demo") / "log.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**with_threads(1), "TMPDIR": str(uploads)},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells have background jobs ignore it
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while f"Open http://127.0.0.1:{port}" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+        process.send_signal(signal.SIGINT)  # Ctrl-C
+        assert process.wait(60) == 0
+        assert not list(uploads.rglob("*.png"))
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory, demo_rows):
+    """A half-transparent image: whoever laid it on black would see something else."""
+    image = demo_rows[3]["image"].convert("RGBA").resize((96, 96))
+    image.putalpha(128)
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    image.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model, picture):
+    """{label: probability}, likeliest first."""
+    model, processor = AutoModel.from_pretrained(tiny_model).eval(), AutoProcessor.from_pretrained(tiny_model)
+    embeds = encode_images(model, processor, [Image.open(picture)])
+    probabilities = label_probabilities(model, embeds, embed_labels(model, processor, LABELS))[0].tolist()
+    return dict(sorted(zip(LABELS, probabilities, strict=True), key=lambda item: -item[1]))
+
+
+def test_http_client(demo, picture, expected, uploads):
+    from gradio_client import Client, handle_file
+    from gradio_client.exceptions import AppError
+
+    client = Client(demo, verbose=False, analytics_enabled=False)
+    result = client.predict(handle_file(picture), " airplane, red heart,, angry face , airplane", api_name="/classify")
+    assert result["label"] == next(iter(expected))
+    found = {line["label"]: line["confidence"] for line in result["confidences"]}
+    assert list(found) == list(expected) and found == pytest.approx(expected, abs=1e-5)
+    assert list(uploads.rglob(picture.name))  # until the demo ends, see its fixture
+    for image, labels, message in (
+        (handle_file(picture), "airplane", "2 or more are needed"),
+        (None, "airplane, anchor", "Upload an image first"),
+    ):
+        with pytest.raises(AppError, match=message):
+            client.predict(image, labels, api_name="/classify")
+
+
+def test_for_this_computer_alone(demo, tiny_model):
+    assert requests.get(demo, timeout=30).ok
+    port = demo.rpartition(":")[2]
+    with pytest.raises(OSError):  # another address of this computer, which a server for all networks would answer
+        socket.create_connection(("127.0.0.2", int(port)), timeout=5)
+    result = run("eval/apps/demo.py", "--model", tiny_model, "--port", port)
+    assert result.returncode == 1 and f"Port {port} is taken" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Chromium without a network."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, driver = (shutil.which("chromium") or shutil.which("chromium-browser")), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("there is no chromium with its chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        f"user-data-dir={tmp_path / 'profile'}",
+        "window-size=1100,700",
+        "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+@pytest.mark.browser
+def test_in_a_browser(demo, picture, expected, browser, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def find(css, text=""):
+        def displayed(browser):
+            return next((e for e in browser.find_elements(By.CSS_SELECTOR, css) if text in e.text), None)
+
+        return WebDriverWait(browser, 60).until(displayed, f"no {css} {text}")
+
+    browser.get(demo)
+    find("input[type=file]").send_keys(str(picture))
+    find("[data-testid=image] img, .image-frame img")
+    find("textarea").send_keys(", ".join(LABELS))
+    find("button", "Submit").click()
+    shown = find("[data-testid=label-output-value]").text
+    assert shown == next(iter(expected))
+    names, percents, meters = (browser.find_elements(By.CSS_SELECTOR, f"[data-testid=label] {e}") for e in BARS)
+    assert [name.text for name in names] == list(expected)
+    assert [percent.text for percent in percents] == [f"{100 * p:.0f}%" for p in expected.values()]
+    assert [float(meter.get_attribute("value")) for meter in meters] == pytest.approx([*expected.values()], abs=1e-5)
+
+    browser.save_screenshot(str(tmp_path / "demo.png"))
+    assert Image.open(tmp_path / "demo.png").size[0] >= 1000
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    elsewhere = [url for url in asked if not url.startswith((demo, "data:", "blob:", "chrome:"))]
+    assert any(url.startswith(demo) for url in asked) and not elsewhere

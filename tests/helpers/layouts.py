@@ -1,0 +1,108 @@
+"""Trains every objective for five steps in this process layout and saves what came out. Run by test_layouts.py:
+
+torchrun --standalone --nproc_per_node 2 tests/helpers/layouts.py OUTPUT
+"""
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from modeling_amorlip import AmorLIPModel
+from tests.helpers.objectives import VARIANTS, make_config
+from training.gradient_cache import cached_backward
+from training.model.encoder import PairEncoder
+from training.objectives import OBJECTIVES
+
+
+N, STEPS = 16, 5
+HEADS = [("amorlip", {"amortization": "kl"}, {"head_type": name, "size": 24}) for name in ("prototype", "queue")]
+HEADS.append(("amorlip", {"amortization": "js"}, {"head_type": "random_features", "size": 24}))
+HEADS.append(("amorlip", {"online_every": 2, "amortization": "conjugate"}, {}))
+CASES = [(name, settings, {}) for name, settings in VARIANTS] + HEADS
+
+
+def train(accelerator, name, settings, amortizer_config, micro_batch_size, negatives="global"):
+    torch.manual_seed(0)
+    cls = OBJECTIVES[name]
+    head = {"head_type": "prototype", "size": 24} if name == "neuclip" else {"size": 24, **amortizer_config}
+    config = make_config(**{**cls.model_defaults, "amortizer_config": head})
+    model = AmorLIPModel(config)
+    encoder = PairEncoder(model, [0.5] * 3, [0.5] * 3)
+    optimizer = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+    encoder, optimizer = accelerator.prepare(encoder, optimizer)
+    objective = cls(config, cls.Arguments(**settings), negatives, num_samples=3 * N)
+    share = N // accelerator.num_processes
+    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(STEPS):
+        if step in (0, 3):
+            objective.on_epoch_start(step // 3, 4)
+        batch = {
+            "pixel_values": torch.randint(0, 256, (N, 3, 4, 4), generator=generator)[mine],
+            "input_ids": torch.randint(0, 8, (N, 4), generator=generator)[mine],
+            "attention_mask": torch.ones(N, 4, dtype=torch.long)[mine],
+        }
+        ids = torch.randperm(3 * N, generator=generator)[:N][mine]
+        if micro_batch_size:
+            cached_backward(accelerator, encoder, objective, batch, ids, micro_batch_size)
+        else:
+            accelerator.backward(objective(*encoder(**batch), ids).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {f"model.{key}": value.clone() for key, value in model.state_dict().items()}
+    tensors = {key: value for key, value in objective.state_dict().items() if isinstance(value, torch.Tensor)}
+    tensors.pop("partition_error", None)  # a metric, kept for logging
+    return state | {f"objective.{key}": value.clone() for key, value in tensors.items()}
+
+
+def count_embedding_collectives(run) -> int:
+    """How many collectives, DDP's own aside, carry as much as a process's embeddings."""
+    originals, counted = {}, []
+    for collective in ("all_gather", "all_reduce", "broadcast"):
+        originals[collective] = getattr(dist, collective)
+
+        def spy(*arguments, _original=originals[collective], **options):
+            tensors = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
+            counted.extend(t for t in tensors if t.ndim == 2 and t.shape[-1] == 16)
+            return _original(*arguments, **options)
+
+        setattr(dist, collective, spy)
+    try:
+        run()
+    finally:
+        for collective, original in originals.items():
+            setattr(dist, collective, original)
+    return len(counted)
+
+
+def main(output: str) -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    share = N // accelerator.num_processes
+    results = {}
+    for case in CASES:
+        for micro_batch_size in (0, 3 if share > 3 else 1):
+            results[repr((case, bool(micro_batch_size)))] = train(accelerator, *case, micro_batch_size)
+    counts = {}
+    if accelerator.num_processes == 2:
+        for case in CASES:
+            name, settings, heads = case
+            if name == "neuclip" or heads.get("head_type") in ("prototype", "queue") or "recent_pairs" in settings:
+                continue  # they collect embeddings
+            for negatives in ("local", "global"):
+                counts[repr(case), negatives] = count_embedding_collectives(
+                    lambda case=case, negatives=negatives: train(accelerator, *case, 0, negatives)
+                )
+    if accelerator.is_main_process:
+        torch.save({"results": results, "counts": counts}, output)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
