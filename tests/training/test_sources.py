@@ -11,6 +11,17 @@ import numpy as np
 import pytest
 import torch
 
+from modeling_amorlip.cli_amorlip import UserError
+from tests.helpers.checkout import ROOT, pretrain, with_threads
+from tests.helpers.runs import assert_same_weights, read_metrics
+from tests.helpers.shards import PLAIN, write_shards
+from training.config import PretrainArguments, parse_arguments
+from training.data.collate import Collator
+from training.data.dataset import PairDataset, make_dataloader
+from training.data.mixture import open_pairs
+from training.data.order import EpochOrder, PairSampler
+from training.data.remote import expand
+
 
 def write_forms(rows: list[dict], folder: Path) -> dict[str, Path]:
     """The pairs (image bytes and caption) as WebDataset, parquet, image folder, CSV and TSV: {form: train_data}."""
@@ -71,16 +82,6 @@ RECORDER = """
 import json, os, sys
 sys.path.insert(0, "ROOT")
 
-from modeling_amorlip.cli_amorlip import UserError
-from tests.helpers.checkout import ROOT, pretrain, with_threads
-from tests.helpers.runs import assert_same_weights, read_metrics
-from tests.helpers.shards import PLAIN, write_shards
-from training.config import PretrainArguments, parse_arguments
-from training.data.collate import Collator
-from training.data.dataset import PairDataset, make_dataloader
-from training.data.mixture import open_pairs
-from training.data.order import EpochOrder, PairSampler
-from training.data.remote import expand
 from training.config import parse_arguments
 from training.trainer import Trainer
 
