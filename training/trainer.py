@@ -17,8 +17,7 @@ from tqdm import tqdm
 from eval.plots import training_curves
 from eval.publish import publish
 from eval.report import print_table
-from eval.run import evaluate
-from eval.runner import Share
+from eval.runner import Share, evaluate
 from eval.tasks import load_task
 from modeling_amorlip.cli_amorlip import UserError
 from training.build import build_model
