@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import yaml
 
 from eval.tasks import ROOT, known_tasks
-from modeling_amorlip.cli_amorlip import UserError, command
+from modeling_amorlip.cli_amorlip import UserError, cli_entry_point
 
 
 PATTERNS = ("*.safetensors", "*.json", "*.jsonl", "*.py", "*.txt", "*.yaml", "*.png", "*.csv")
@@ -244,7 +244,7 @@ def _explain(error: Exception, repo_id: str) -> str:
     return f"{repo_id} was not published: {advice} ({reason})."
 
 
-@command
+@cli_entry_point
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of a finished model")

@@ -26,13 +26,15 @@ from eval.evaluators.probes import PROBES
 from eval.models import load_model, revision
 from eval.publish import publish
 from eval.report import SCHEMA_VERSION, _code_version, print_report, write_report
-from eval.runner import RESAMPLES, Share, evaluate_task
+from eval.runner import RESAMPLES, ProcessShard, evaluate_task
 from eval.scoring import SCORINGS
 from eval.tasks import ROOT, Task, aggregate, known_tasks, select_tasks
-from modeling_amorlip.cli_amorlip import UserError, command
+from modeling_amorlip.cli_amorlip import UserError, cli_entry_point
 
 
-def run_tasks(model, processor, tasks: list[Task], report: dict, arguments: argparse.Namespace, share: Share) -> None:
+def run_tasks(
+    model, processor, tasks: list[Task], report: dict, arguments: argparse.Namespace, share: ProcessShard
+) -> None:
     """Fills in the report task by task, and writes it after each."""
     for task in tasks:
         done = report["tasks"].get(task.name, {}).get("status")
@@ -115,7 +117,7 @@ def list_tasks() -> None:
         print(f"{task.name:<48} {groups:<34} {task.main_metric:<22} {task.size:8d} {classes:>8} {random:>9}")
 
 
-@command
+@cli_entry_point
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -158,12 +160,12 @@ def main() -> int:
     if not arguments.model or not arguments.tasks:
         raise UserError("--model and --tasks are needed (or --list, or --download).")
     tasks = select_tasks(arguments.tasks)
-    share, device = Share(), "cuda" if torch.cuda.is_available() else "cpu"
+    share, device = ProcessShard(), "cuda" if torch.cuda.is_available() else "cpu"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from accelerate import PartialState
 
         state = PartialState(cpu=device == "cpu")
-        share, device = Share(state.process_index, state.num_processes), state.device
+        share, device = ProcessShard(state.process_index, state.num_processes), state.device
     model, processor = load_model(arguments.model)
     report = new_report(arguments, model)
     run_tasks(model.to(device), processor, tasks, report, arguments, share)

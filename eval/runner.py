@@ -16,10 +16,10 @@ from eval.data import TaskData, find_data
 from eval.evaluators.classification import build_classifier, classification_metrics, top_classes
 from eval.evaluators.pixel_baseline import pixel_baseline_accuracy
 from eval.evaluators.probes import PROBES
-from eval.evaluators.retrieval import choose, hits_at, retrieval_metrics, winogavil_prompt
+from eval.evaluators.retrieval import choose, recall_hits, retrieval_metrics, winogavil_prompt
 from eval.metrics.jaccard import jaccard
 from eval.plots import contact_sheet
-from eval.scoring import penalties, require_amortizer
+from eval.scoring import log_partition_corrections, require_amortizer
 from eval.tasks import ROOT, Task
 from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.embedder_amorlip import encode_images, encode_texts
@@ -29,13 +29,13 @@ RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Share:
+class ProcessShard:
     """This process's part of the samples: every `processes`-th, from `rank` on."""
 
     rank: int = 0
     processes: int = 1
 
-    def of(self, items):
+    def take(self, items):
         return itertools.islice(items, self.rank, None, self.processes)
 
     def gather(self, values: list) -> list:
@@ -55,7 +55,7 @@ def evaluate_task(
     data_dir: Path = ROOT,
     batch_size: int = 256,
     scorings: tuple[str, ...] = ("cosine",),
-    share: Share | None = None,
+    share: ProcessShard | None = None,
     sheet: Path | None = None,
     resamples: int = RESAMPLES,
     probes: tuple[str, ...] = (),
@@ -75,10 +75,12 @@ def evaluate_task(
     data = find_data(task, data_dir)
     require_amortizer(model, scorings)
     evaluator = {"classification": _classification, "retrieval": _retrieval, "winogavil": _winogavil}[task.kind]
-    number, by_scoring = evaluator(model, processor, data, batch_size, scorings, share or Share(), sheet)
+    number, by_scoring = evaluator(model, processor, data, batch_size, scorings, share or ProcessShard(), sheet)
     if probes and task.kind == "classification":
         train = find_data(task, data_dir, "train")
-        by_scoring["cosine"][0].update(_probes(probes, model, processor, train, data, batch_size, share or Share()))
+        by_scoring["cosine"][0].update(
+            _probes(probes, model, processor, train, data, batch_size, share or ProcessShard())
+        )
     results = {name: _with_interval(task, *scored, resamples) for name, scored in by_scoring.items()}
     wrong = data.missing_shards or (task.size is not None and number != task.size)
     lacks = f", {data.missing_shards} shards are missing" if data.missing_shards else ""
@@ -95,7 +97,7 @@ def evaluate_task(
     }
 
 
-def _classification(model, processor, data: TaskData, batch_size, scorings, share: Share, sheet):
+def _classification(model, processor, data: TaskData, batch_size, scorings, share: ProcessShard, sheet):
     labels, metadata, embeds = _encode(model, processor, data, batch_size, share)
     labels = np.array(labels)
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(data.classes):
@@ -106,7 +108,7 @@ def _classification(model, processor, data: TaskData, batch_size, scorings, shar
     metadata = None if metadata[0] is None else np.stack(metadata)
     classifier = build_classifier(model, processor, data.classes, data.templates, batch_size)
     results = {}
-    for scoring, penalty in penalties(model, scorings, embeds, classifier, "text").items():
+    for scoring, penalty in log_partition_corrections(model, scorings, embeds, classifier, "text").items():
         top = top_classes(embeds, classifier, 5, penalty).numpy()
 
         def metrics(rows, top=top):
@@ -120,8 +122,8 @@ def _classification(model, processor, data: TaskData, batch_size, scorings, shar
         groups = torch.from_numpy(labels)
         results["cosine"][0].update(
             retrieval_metrics(
-                hits_at(embeds, classifier[present], groups, present),
-                hits_at(classifier[present], embeds, present, groups),
+                recall_hits(embeds, classifier[present], groups, present),
+                recall_hits(classifier[present], embeds, present, groups),
             )
         )
     if data.task.pixel_reference:
@@ -132,7 +134,7 @@ def _classification(model, processor, data: TaskData, batch_size, scorings, shar
 
 
 def _probes(
-    names, model, processor, train: TaskData, test: TaskData, batch_size: int, share: Share
+    names, model, processor, train: TaskData, test: TaskData, batch_size: int, share: ProcessShard
 ) -> dict[str, float]:
     """{"knn_acc1": ..., ...}: accuracies of classifiers fitted to a training split."""
     (labels, _, embeds), (truth, _, queries) = (
@@ -142,18 +144,18 @@ def _probes(
     return {f"{name}_acc1": (PROBES[name](embeds, labels, queries) == truth).double().mean().item() for name in names}
 
 
-def _retrieval(model, processor, data: TaskData, batch_size, scorings, share: Share, sheet):
+def _retrieval(model, processor, data: TaskData, batch_size, scorings, share: ProcessShard, sheet):
     captions: list[list[str]] = []
     _, _, embeds = _encode(model, processor, data, batch_size, share, captions)
     image_groups = torch.arange(len(captions))
     text_groups = torch.tensor([i for i, lines in enumerate(captions) for _ in lines])
     texts = encode_texts(model, processor, itertools.chain.from_iterable(captions), batch_size)
     results = {}
-    for_texts = penalties(model, scorings, embeds, texts, "text")
-    for_images = penalties(model, scorings, texts, embeds, "image")
+    for_texts = log_partition_corrections(model, scorings, embeds, texts, "text")
+    for_images = log_partition_corrections(model, scorings, texts, embeds, "image")
     for scoring in for_texts:
-        to_text = hits_at(embeds, texts, image_groups, text_groups, for_texts[scoring])
-        to_image = hits_at(texts, embeds, text_groups, image_groups, for_images[scoring])
+        to_text = recall_hits(embeds, texts, image_groups, text_groups, for_texts[scoring])
+        to_image = recall_hits(texts, embeds, text_groups, image_groups, for_images[scoring])
 
         def metrics(rows, to_text=to_text, to_image=to_image):
             chosen = torch.zeros(len(to_text), dtype=torch.long).index_add_(
@@ -167,8 +169,8 @@ def _retrieval(model, processor, data: TaskData, batch_size, scorings, share: Sh
     return len(captions), results
 
 
-def _winogavil(model, processor, data: TaskData, batch_size, scorings, share: Share, sheet):
-    mine = list(share.of(data.samples()))
+def _winogavil(model, processor, data: TaskData, batch_size, scorings, share: ProcessShard, sheet):
+    mine = list(share.take(data.samples()))
     images = encode_images(model, processor, (i for sample in mine for i in sample.decode()), batch_size)
     cues = encode_texts(model, processor, [winogavil_prompt(sample.cue) for sample in mine], batch_size)
     parts = images.split([len(sample.images) for sample in mine])
@@ -190,12 +192,14 @@ def _winogavil(model, processor, data: TaskData, batch_size, scorings, share: Sh
     return len(answers), {"cosine": (metrics(np.arange(len(answers))), metrics, len(answers))}
 
 
-def _encode(model, processor, data: TaskData, batch_size: int, share: Share, captions: list | None = None):
+def _encode(model, processor, data: TaskData, batch_size: int, share: ProcessShard, captions: list | None = None):
     """(labels, metadata, image embeddings [I, d]) of all samples; also fills `captions`."""
     about = []
 
     def images():
-        progress = tqdm(share.of(data.samples()), desc=data.task.title, unit="img", leave=False, disable=share.rank > 0)
+        progress = tqdm(
+            share.take(data.samples()), desc=data.task.title, unit="img", leave=False, disable=share.rank > 0
+        )
         for sample in progress:
             about.append((sample.label, sample.metadata, sample.captions))
             yield sample.decode()[0]
@@ -246,7 +250,7 @@ def _draw(path: Path, data: TaskData, embeds: Tensor, classifier: Tensor, labels
     contact_sheet(images, names, [[data.classes[c] for c in row] for row in best], path)
 
 
-def evaluate(model, processor, task: Task, share: Share, sheet: Path | None = None) -> list[dict]:
+def evaluate(model, processor, task: Task, share: ProcessShard, sheet: Path | None = None) -> list[dict]:
     """A task's metrics while a model is trained: [{"task", "metric", "value" (a fraction), "num_samples"}, ...]."""
     entry = evaluate_task(model, processor, task, share=share, sheet=sheet, resamples=0)
     return [

@@ -18,7 +18,7 @@ def require_amortizer(model, scorings: tuple[str, ...]) -> None:
         raise UserError("--scoring amortized needs a model with amortizer heads; this one has none.")
 
 
-def penalties(model, scorings: tuple[str, ...], gallery: Tensor, candidates: Tensor, side: str) -> dict:
+def log_partition_corrections(model, scorings: tuple[str, ...], gallery: Tensor, candidates: Tensor, side: str) -> dict:
     """What each way of scoring takes off a candidate's cosine similarities: {scoring: [C] or None}.
 
     `gallery` subtracts the candidate's exact log-partition over the queries that are there, `amortized` the amortizer's

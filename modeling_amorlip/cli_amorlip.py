@@ -11,7 +11,7 @@ class UserError(Exception):
     """Something that the user can put right; the message says what and how, and is all that is printed."""
 
 
-def command(main: Callable[[], int | None]) -> Callable[[], int]:
+def cli_entry_point(main: Callable[[], int | None]) -> Callable[[], int]:
     """The `main` of a command line, whose exit status a `UserError` makes 1, with its message on stderr."""
 
     @functools.wraps(main)

@@ -23,7 +23,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def average_across_processes(tensors: list[Tensor]) -> None:
+def all_reduce_mean_(tensors: list[Tensor]) -> None:
     """Replaces tensors by their means over all processes, in one collective."""
 
     def average(flat: Tensor) -> None:
@@ -33,7 +33,7 @@ def average_across_processes(tensors: list[Tensor]) -> None:
     _in_one_collective(tensors, average)
 
 
-def share_from_main(tensors: list[Tensor]) -> None:
+def broadcast_from_main_(tensors: list[Tensor]) -> None:
     """Replaces tensors by the first process's, in one collective."""
     _in_one_collective(tensors, lambda flat: dist.broadcast(flat, 0))
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
-from .images_amorlip import pixels_for
+from .images_amorlip import preprocess_images
 
 
 def encode_images(
@@ -25,7 +25,7 @@ def encode_images(
     """
 
     def prepare(batch):
-        return pixels_for(processor.image_processor, batch)
+        return preprocess_images(processor.image_processor, batch)
 
     def encode(pixels):
         return model.get_image_features(pixel_values=pixels.to(model.device, model.dtype, non_blocking=True))

@@ -10,9 +10,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 
-def pixels_for(image_processor, images: list[Image.Image]) -> Tensor:
+def preprocess_images(image_processor, images: list[Image.Image]) -> Tensor:
     """What an image processor makes of images, float32 [N, 3, H, W]; sooner than it would itself."""
-    images = [on_white(image) for image in images]
+    images = [convert_to_rgb(image) for image in images]
     if not (image_processor.do_rescale and image_processor.do_normalize):
         return image_processor(images, return_tensors="pt")["pixel_values"]
     # It would scale image by image, and resize to the size that they have already: five times the work.
@@ -33,7 +33,7 @@ def _has_final_size(image: Image.Image, image_processor) -> bool:
     return all(known.get(name) == value for name, value in [*resized.items(), *cropped.items()])
 
 
-def on_white(image: Image.Image) -> Image.Image:
+def convert_to_rgb(image: Image.Image) -> Image.Image:
     """The image in RGB, with transparency laid on white."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -64,4 +64,4 @@ def open_image(source: bytes | str, max_pixels: int) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     if image.mode in ("RGB", "L", "CMYK"):
         return image
-    return on_white(image)
+    return convert_to_rgb(image)

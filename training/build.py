@@ -9,11 +9,11 @@ from transformers import AutoModel, AutoProcessor, CLIPImageProcessor, CLIPProce
 
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel
 from modeling_amorlip.cli_amorlip import UserError
-from training.config import PretrainArguments
+from training.config import PretrainConfig
 from training.model.tokenizer import _build_tokenizer
 
 
-def build_model(arguments: PretrainArguments, captions, resumed: Path | None = None):
+def build_model(arguments: PretrainConfig, captions, resumed: Path | None = None):
     """(model, processor) of a run.
 
     Args:

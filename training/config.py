@@ -29,7 +29,7 @@ def _field(default: Any, help: str) -> Any:
 
 
 @dataclass
-class Augmentation:
+class AugmentationConfig:
     """Random changes to training images. The defaults are the paper's: a slight crop and nothing else."""
 
     crop_scale: list[float] = _field([0.9, 1.0], "range of the crop's area, as a fraction of the image's")
@@ -55,7 +55,7 @@ class Augmentation:
 
 
 @dataclass
-class Lora:
+class LoraConfig:
     """Low-rank adapters on both encoders, then all that is trained of them (LoRA); none where nothing is set."""
 
     rank: int = _field(8, "of the adapters' products")
@@ -75,7 +75,7 @@ class Lora:
 
 
 @dataclass
-class PretrainArguments:
+class PretrainConfig:
     """All of a run's settings; `help` of each field gives unit and meaning."""
 
     # Output
@@ -201,12 +201,12 @@ class PretrainArguments:
             raise UserError("model and tokenizer contradict each other: a model brings its own tokenizer; drop one.")
 
     @property
-    def parsed_augmentation(self) -> Augmentation:
-        return build(Augmentation, self.augmentation, "augmentation.")
+    def parsed_augmentation(self) -> AugmentationConfig:
+        return build(AugmentationConfig, self.augmentation, "augmentation.")
 
     @property
-    def parsed_lora(self) -> Lora | None:
-        return build(Lora, self.lora, "lora.") if self.lora else None
+    def parsed_lora(self) -> LoraConfig | None:
+        return build(LoraConfig, self.lora, "lora.") if self.lora else None
 
 
 def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
@@ -234,7 +234,7 @@ def unknown_name(kind: str, name: str, known: list[str], prefix: str = "") -> st
     return f"Unknown {kind} {prefix}{name}: {hint}"
 
 
-def parse_arguments(argv: list[str]) -> PretrainArguments:
+def parse_config(argv: list[str]) -> PretrainConfig:
     """Reads `--config RECIPE [--field value ...]`; raises `UserError` on whatever is wrong with it."""
     if "--help" in argv or "-h" in argv:
         print(help_text())
@@ -250,7 +250,7 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
             if not isinstance(target, dict):
                 raise UserError(f"--{key}: {parent} is not a mapping.")
         target[leaf] = value
-    return build(PretrainArguments, values)
+    return build(PretrainConfig, values)
 
 
 def _read_overrides(argv: list[str]) -> dict[str, Any]:
@@ -317,7 +317,7 @@ SECTIONS = {
 def help_text() -> str:
     """Every field with type, default and meaning, by section."""
     lines = [__doc__.strip()]
-    for cls, prefix in ((PretrainArguments, ""), (Augmentation, "augmentation."), (Lora, "lora.")):
+    for cls, prefix in ((PretrainConfig, ""), (AugmentationConfig, "augmentation."), (LoraConfig, "lora.")):
         if prefix:
             lines += ["", cls.__doc__.strip()]
         for f in dataclasses.fields(cls):

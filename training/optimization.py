@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from training.config import PretrainArguments
+from training.config import PretrainConfig
 
 
-def make_optimizer(model: nn.Module, arguments: PretrainArguments) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, arguments: PretrainConfig) -> torch.optim.AdamW:
     """Matrices decay; biases, norms and the logit scale do not; the logit scale has a learning rate of its own."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     scale = [p for name, p in named if name.endswith("logit_scale")]
@@ -44,7 +44,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, total_steps:
 
 
 @torch.no_grad()
-def settle_logit_scale(logit_scale: Tensor, before: Tensor, slow_above: float | None, maximum: float) -> None:
+def constrain_logit_scale_(logit_scale: Tensor, before: Tensor, slow_above: float | None, maximum: float) -> None:
     """After a step: a third of the update above `slow_above` (the paper: tau <= 0.03), and never more than `maximum`.
 
     Args:

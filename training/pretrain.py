@@ -13,13 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from modeling_amorlip.cli_amorlip import command
-from training.config import parse_arguments
+from modeling_amorlip.cli_amorlip import cli_entry_point
+from training.config import parse_config
 
 
-@command
+@cli_entry_point
 def main() -> None:
-    arguments = parse_arguments(sys.argv[1:])
+    arguments = parse_config(sys.argv[1:])
     from training.trainer import Trainer  # late: --help and a mistyped field need not wait for torch
 
     Trainer(arguments).train()

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from eval.plots import training_curves
 from eval.publish import publish
 from eval.report import print_table
-from eval.runner import Share, evaluate
+from eval.runner import ProcessShard, evaluate
 from eval.tasks import load_task
 from modeling_amorlip.cli_amorlip import UserError
 from training.build import build_model
-from training.config import PretrainArguments, build, unknown_name
+from training.config import PretrainConfig, build, unknown_name
 from training.data.collate import Collator
 from training.data.dataset import make_dataloader
 from training.data.mixture import open_pairs
@@ -31,17 +31,17 @@ from training.model.encoder import PairEncoder
 from training.model.lora import add_adapters, save_adapted
 from training.objectives import OBJECTIVES, ObjectiveOutput
 from training.optimization import (
+    constrain_logit_scale_,
     make_optimizer,
     norms_by_group,
     set_learning_rates,
-    settle_logit_scale,
     skip_if_not_finite,
 )
 from training.run.checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from training.run.flops import FlopMeter
 from training.run.guards import Guards
-from training.run.preemption import Interruption, meet_lost_workers_when_asked
-from training.run.run_logger import Logbook, flat
+from training.run.preemption import PreemptionHandler, reset_sigchld_handler
+from training.run.run_logger import RunLogger, flat
 from training.validation import held_out, validation_loss
 
 
@@ -58,10 +58,10 @@ class Trainer:
     4. Otherwise fresh weights, step 0. An output folder that already holds a run is then refused.
     """
 
-    def __init__(self, arguments: PretrainArguments):
+    def __init__(self, arguments: PretrainConfig):
         self.arguments = arguments
         self.output_dir = Path(arguments.output_dir)
-        self.logbook = Logbook(self.output_dir)
+        self.logbook = RunLogger(self.output_dir)
         checkpoint = self._find_start()
         objective_class = OBJECTIVES.get(arguments.objective)
         if objective_class is None:
@@ -196,7 +196,7 @@ class Trainer:
         A signal to stop ends it after the step in progress, with a checkpoint.
         """
         self._open_logs()
-        with Interruption(self.accelerator) as interruption:
+        with PreemptionHandler(self.accelerator) as interruption:
             self._run_steps(interruption)
         if self.state.step == self.total_steps:
             self.save_model()
@@ -211,7 +211,7 @@ class Trainer:
             )
         self.accelerator.end_training()
 
-    def _run_steps(self, interruption: Interruption) -> None:
+    def _run_steps(self, interruption: PreemptionHandler) -> None:
         arguments, state, accelerator = self.arguments, self.state, self.accelerator
         self.encoder.train()
         progress = tqdm(
@@ -223,7 +223,7 @@ class Trainer:
             mininterval=1,
         )
         batches = iter(self.dataloader)
-        meet_lost_workers_when_asked()
+        reset_sigchld_handler()
         self._begin_interval()
         while state.step < self.total_steps:
             epoch, step_in_epoch = divmod(state.step, self.sampler.steps_per_epoch)
@@ -244,7 +244,7 @@ class Trainer:
             at_end = state.step == self.total_steps
             if logs:
                 self._log(metrics, batch, epoch, learning_rate, progress)
-            stops = interruption.wanted(waits_anyway=logs)
+            stops = interruption.should_stop(waits_anyway=logs)
             if arguments.eval_every and state.step % arguments.eval_every == 0 and not (at_end or stops):
                 self._evaluate()
             if state.step % arguments.checkpoint_every == 0 or at_end or stops:
@@ -320,7 +320,7 @@ class Trainer:
         self.optimizer.zero_grad()
         if logs:
             metrics |= norms_by_group(self.model, old) | {"skipped_steps": self.guards.skipped}
-        settle_logit_scale(scale_parameter, before, arguments.logit_scale_slow_above, arguments.max_logit_scale)
+        constrain_logit_scale_(scale_parameter, before, arguments.logit_scale_slow_above, arguments.max_logit_scale)
         return metrics
 
     def _loss(self, *inputs: torch.Tensor | None) -> ObjectiveOutput:
@@ -367,7 +367,7 @@ class Trainer:
             line["validation_loss"] = validation_loss(
                 self.accelerator, self.encoder, self.pairs, self.arguments, self.image_size, self.collator
             )
-        share, results = Share(self.accelerator.process_index, self.accelerator.num_processes), []
+        share, results = ProcessShard(self.accelerator.process_index, self.accelerator.num_processes), []
         for task in self.tasks:
             sheet = self.output_dir / f"{task.name}.png" if final else None
             results += evaluate(self.model, self.processor, task, share, sheet)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from training.config import PretrainArguments
+from training.config import PretrainConfig
 from training.data.collate import Collator
 from training.data.dataset import PairDataset
 from training.data.mixture import Mixture
@@ -30,7 +30,7 @@ def validation_loss(
     accelerator: Accelerator,
     encoder: nn.Module,
     pairs: Mixture,
-    arguments: PretrainArguments,
+    arguments: PretrainConfig,
     image_size: int,
     collator: Collator,
 ) -> float:

@@ -29,10 +29,10 @@ from torch import Tensor
 from eval.data import TaskData, find_data
 from eval.evaluators.classification import build_classifier, top_classes
 from eval.models import load_model
-from eval.scoring import SCORINGS, penalties
+from eval.scoring import SCORINGS, log_partition_corrections
 from eval.tasks import ROOT, Task, load_task
 from modeling_amorlip import AmorLIPAmortizer, AmorLIPModel, amortization_loss
-from modeling_amorlip.cli_amorlip import UserError, command
+from modeling_amorlip.cli_amorlip import UserError, cli_entry_point
 from modeling_amorlip.configuration_amorlip import HEAD_TYPES, AmorLIPAmortizerConfig
 from modeling_amorlip.convert_clip_to_amorlip import convert
 from modeling_amorlip.embedder_amorlip import encode_images, encode_texts
@@ -127,7 +127,7 @@ def encode_gallery(model, processor, data: TaskData) -> Gallery:
 def accuracies(model: AmorLIPModel, gallery: Gallery, rows: Tensor) -> dict[str, float]:
     """Top-1 accuracy over some images by each way of scoring, {"cosine", "gallery", "amortized"}."""
     images, labels = gallery.images[rows], gallery.labels[rows]
-    taken_off = penalties(model, SCORINGS, images, gallery.classifier, "text")
+    taken_off = log_partition_corrections(model, SCORINGS, images, gallery.classifier, "text")
     return {
         scoring: (top_classes(images, gallery.classifier, 1, penalty)[:, 0] == labels).double().mean().item()
         for scoring, penalty in taken_off.items()
@@ -156,7 +156,7 @@ def calibrate(
     return before and accuracies(model, gallery, others) | {"before": before["amortized"]}
 
 
-@command
+@cli_entry_point
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub repository of a dual encoder of Transformers")

@@ -22,7 +22,7 @@ from torch import Tensor
 from eval.apps.image_files import encode_files, find_images, read_lines
 from eval.evaluators.classification import build_classifier
 from eval.models import load_model
-from modeling_amorlip.cli_amorlip import UserError, command
+from modeling_amorlip.cli_amorlip import UserError, cli_entry_point
 
 
 TEMPLATE = "a photo of a {}"
@@ -56,7 +56,7 @@ def _bias(model) -> Tensor | None:
     return getattr(model, "logit_bias", None)
 
 
-@command
+@cli_entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", type=Path, help="image files, and folders searched with their subfolders")

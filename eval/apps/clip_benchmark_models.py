@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from eval.models import load_model
 from modeling_amorlip.embedder_amorlip import encode_texts
-from modeling_amorlip.images_amorlip import on_white
+from modeling_amorlip.images_amorlip import convert_to_rgb
 
 
 class CLIPBenchmarkModel(nn.Module):
@@ -56,7 +56,7 @@ def load_amorlip(model_name: str, pretrained: str = "", cache_dir: str | None = 
     model, processor = load_model(model_name)
 
     def transform(image: Image.Image) -> Tensor:
-        return processor.image_processor(on_white(image), return_tensors="pt")["pixel_values"][0]
+        return processor.image_processor(convert_to_rgb(image), return_tensors="pt")["pixel_values"][0]
 
     return CLIPBenchmarkModel(model.to(torch.device(device)), processor), transform, Texts
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 from eval.apps.classify import TEMPLATE, embed_labels, label_probabilities
 from eval.models import load_model
-from modeling_amorlip.cli_amorlip import UserError, command
+from modeling_amorlip.cli_amorlip import UserError, cli_entry_point
 from modeling_amorlip.embedder_amorlip import encode_images
 
 
@@ -82,7 +82,7 @@ def serve(demo, port: int) -> None:
     demo.block_thread()
 
 
-@command
+@cli_entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub repository")

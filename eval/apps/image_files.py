@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.embedder_amorlip import encode_images
-from modeling_amorlip.images_amorlip import on_white
+from modeling_amorlip.images_amorlip import convert_to_rgb
 
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -38,7 +38,7 @@ def find_images(path: Path) -> list[Path]:
 def open_image(path: Path) -> Image.Image:
     """The image in RGB, upright as its camera noted, with transparency laid on white."""
     with Image.open(path) as image:
-        return on_white(ImageOps.exif_transpose(image))
+        return convert_to_rgb(ImageOps.exif_transpose(image))
 
 
 def encode_files(model, processor, paths: list[Path], batch_size: int = 32) -> dict[Path, Tensor]:

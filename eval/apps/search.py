@@ -27,8 +27,8 @@ from torch import Tensor
 from eval.apps.image_files import encode_files, find_images, read_lines
 from eval.models import load_model, revision
 from eval.plots import contact_sheet
-from eval.scoring import SCORINGS, penalties, require_amortizer
-from modeling_amorlip.cli_amorlip import UserError, command
+from eval.scoring import SCORINGS, log_partition_corrections, require_amortizer
+from modeling_amorlip.cli_amorlip import UserError, cli_entry_point
 from modeling_amorlip.embedder_amorlip import encode_texts
 from modeling_amorlip.images_amorlip import open_image
 
@@ -76,13 +76,13 @@ def search(
     texts = encode_texts(model, processor, queries)
     scores = texts @ image_embeds.T
     if scoring != "gallery":
-        penalty = penalties(model, (scoring,), texts, image_embeds, "image")[scoring]
+        penalty = log_partition_corrections(model, (scoring,), texts, image_embeds, "image")[scoring]
         return scores if penalty is None else scores - penalty
     sample = queries if sample is None else sample
     gallery = encode_texts(model, processor, sample)
     for row, query in zip(scores, queries, strict=True):
         others = gallery[[text != query for text in sample]]
-        row -= penalties(model, (scoring,), others, image_embeds, "image")[scoring]
+        row -= log_partition_corrections(model, (scoring,), others, image_embeds, "image")[scoring]
     return scores
 
 
@@ -146,7 +146,7 @@ def _write_index(file: Path, made_by: dict[str, str], entries: dict[tuple[str, i
         raise UserError(f"The index {file} cannot be written ({error}); name another place with --index.") from None
 
 
-@command
+@cli_entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("query", nargs="+", help="what to look for, in words")

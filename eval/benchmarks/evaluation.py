@@ -29,9 +29,9 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from eval.models import load_model
-from eval.runner import Share
+from eval.runner import ProcessShard
 from modeling_amorlip.embedder_amorlip import encode_images
-from modeling_amorlip.images_amorlip import pixels_for
+from modeling_amorlip.images_amorlip import preprocess_images
 
 
 def main() -> int:
@@ -44,14 +44,14 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     state = PartialState(cpu=True)
-    share = Share(state.process_index, state.num_processes)
+    share = ProcessShard(state.process_index, state.num_processes)
     model, processor = load_model(arguments.model)
     rows = datasets.load_dataset("parquet", data_files=arguments.data, split="train")
     rows = rows.cast_column("image", datasets.Image(decode=False))
     files = itertools.islice(itertools.cycle([row["image"]["bytes"] for row in rows]), arguments.images)
-    files = list(share.of(files))
+    files = list(share.take(files))
     some = [Image.open(io.BytesIO(file)) for file in files[: arguments.batch_size]]
-    ready = pixels_for(processor.image_processor, some)
+    ready = preprocess_images(processor.image_processor, some)
 
     def loop() -> None:
         encode_images(model, processor, (Image.open(io.BytesIO(file)) for file in files), arguments.batch_size)

@@ -9,7 +9,7 @@ from torch import Tensor
 KS = (1, 5, 10)
 
 
-def hits_at(
+def recall_hits(
     queries: Tensor,
     gallery: Tensor,
     query_groups: Tensor,
@@ -35,7 +35,7 @@ def hits_at(
 
 
 def retrieval_metrics(to_text: Tensor, to_image: Tensor) -> dict[str, float]:
-    """Recalls of both directions from `hits_at`, named as CLIP_benchmark does.
+    """Recalls of both directions from `recall_hits`, named as CLIP_benchmark does.
 
     `text_retrieval_recall@k` has images as queries, `image_retrieval_recall@k` captions; `mean_recall@1` is their mean.
     """

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def top_k_accuracy(predictions, references, k=1):
-    """Share of [n] references among the first k of predictions [n, at least k], best first."""
+    """ProcessShard of [n] references among the first k of predictions [n, at least k], best first."""
     return float((np.asarray(predictions)[:, :k] == np.asarray(references)[:, None]).any(1).mean())
 
 

@@ -18,8 +18,8 @@ from transformers import CLIPImageProcessor, SiglipImageProcessor
 from eval.evaluators.classification import build_classifier, classification_metrics
 from eval.evaluators.pixel_baseline import pixel_baseline_accuracy
 from eval.evaluators.probes import knn, linear_probe
-from eval.evaluators.retrieval import hits_at, retrieval_metrics
-from modeling_amorlip.images_amorlip import pixels_for
+from eval.evaluators.retrieval import recall_hits, retrieval_metrics
+from modeling_amorlip.images_amorlip import preprocess_images
 from tests.helpers.checkout import DEMO, ROOT, pretrain, run
 
 
@@ -82,7 +82,7 @@ def test_recall_with_several_captions_an_image(tile_size):
         (images, texts, image_groups, text_groups, scores),
         (texts, images, text_groups, image_groups, scores.T),
     ):
-        hits.append(hits_at(queries, gallery, q, g, tile_size=tile_size))
+        hits.append(recall_hits(queries, gallery, q, g, tile_size=tile_size))
         for i, k in enumerate((1, 5, 10)):
             best = np.argsort(-matrix, axis=1)[:, :k]
             expected = [(g.numpy()[row] == q[n].item()).any() for n, row in enumerate(best)]
@@ -148,7 +148,7 @@ def test_pixels_are_the_image_processors(demo_rows, mode, size, kind):
         for w, i in zip(white, images, strict=True)
     ]
     expected = processor(plain, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(pixels_for(processor, images), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(preprocess_images(processor, images), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_probes_equal_scikit_learns():

@@ -30,14 +30,14 @@ def loaded(tiny_model):
     return AutoModel.from_pretrained(tiny_model).eval(), AutoProcessor.from_pretrained(tiny_model)
 
 
-def on_white(path):
+def convert_to_rgb(path):
     image = Image.open(path)
     return Image.composite(image.convert("RGB"), Image.new("RGB", image.size, "white"), image.getchannel("A"))
 
 
 def brute_force(model, processor, paths, texts):
     """Outputs of one forward pass over all pairs."""
-    inputs = processor(images=[on_white(p) for p in paths], text=texts, padding=True, return_tensors="pt")
+    inputs = processor(images=[convert_to_rgb(p) for p in paths], text=texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         return model(**inputs)
 

@@ -21,7 +21,7 @@ from eval.tasks import Task
 from modeling_amorlip import AmorLIPModel
 from tests.helpers.checkout import DEMO, ROOT
 from tests.helpers.hub_server import Hub, Repository, environment
-from training.config import PretrainArguments
+from training.config import PretrainConfig
 from training.data.mixture import open_pairs
 
 
@@ -65,7 +65,7 @@ def test_tars_are_read_and_never_extracted(hostile_tar, tmp_path, monkeypatch):
 
     cache = tmp_path.parent / f"{tmp_path.name}_cache"
     monkeypatch.setattr(training.sources, "HF_HOME", str(cache))
-    pairs = open_pairs(PretrainArguments(train_data=str(hostile_tar), output_dir=str(tmp_path / "run")))
+    pairs = open_pairs(PretrainConfig(train_data=str(hostile_tar), output_dir=str(tmp_path / "run")))
     rows = [pairs[i] for i in range(len(pairs))]
     assert [row["caption"] for row in rows][2] == "good" and len(rows) == 4
     assert b"secret" not in b"".join(row["image"] for row in rows)

@@ -26,7 +26,7 @@ from modeling_amorlip.images_amorlip import open_image
 from tests.helpers.checkout import ROOT, pretrain, start, with_threads
 from tests.helpers.runs import assert_same_weights, read_metrics
 from tests.helpers.shards import PLAIN, write_shards, write_tar
-from training.config import parse_arguments
+from training.config import parse_config
 from training.data.transforms import augment
 from training.run.checkpointing import find_damage, list_checkpoints
 from training.trainer import Trainer
@@ -118,7 +118,7 @@ def test_a_truncated_tar_gives_its_whole_pairs(recipe, rows, tmp_path, cut):
 def test_images_of_every_kind_are_decoded_right():
     gradient = Image.linear_gradient("L").resize((64, 64))
     colours = Image.merge("RGB", [gradient, gradient.rotate(90), gradient.rotate(180)])
-    plain = parse_arguments(["--output_dir", "x", "--train_data", "x"])
+    plain = parse_config(["--output_dir", "x", "--train_data", "x"])
     plain.augmentation = {"crop_scale": [1, 1], "crop_ratio": [1, 1]}
 
     def decoded(image, form="PNG", **options):
@@ -153,7 +153,7 @@ def test_a_large_jpeg_is_reduced_while_it_is_decoded():
     image = Image.effect_mandelbrot((1024, 1024), (-2, -1.5, 1, 1.5), 100).convert("RGB")
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95)
-    plain = parse_arguments(["--output_dir", "x", "--train_data", "x"]).parsed_augmentation
+    plain = parse_config(["--output_dir", "x", "--train_data", "x"]).parsed_augmentation
     opened = open_image(buffer.getvalue(), 10**7)
     ours = augment(opened, 128, plain, random.Random(1))
     assert opened.size == (256, 256)  # a crop of at least 0.9 needs no more
@@ -236,7 +236,7 @@ class Poisoned(Trainer):
 
 def test_a_step_that_is_not_finite_changes_nothing(recipe, tmp_path):
     Poisoned.steps = range(5, 6)
-    trainer = Poisoned(parse_arguments(["--config", str(recipe(max_steps=8, objective="fastclip", objective_args={}))]))
+    trainer = Poisoned(parse_config(["--config", str(recipe(max_steps=8, objective="fastclip", objective_args={}))]))
     trainer.train()
     lines = read_metrics(tmp_path / "run")
     assert [line["skipped_steps"] for line in lines] == [0] * 4 + [1] * 4
@@ -249,7 +249,7 @@ def test_a_step_that_is_not_finite_changes_nothing(recipe, tmp_path):
 def test_too_many_of_them_stop_the_run_and_keep_the_batch(recipe, tmp_path):
     Poisoned.steps = range(4, 100)
     settings = ["--config", str(recipe(max_skipped_steps=5, checkpoint_every=3))]
-    trainer = Poisoned(parse_arguments(settings))
+    trainer = Poisoned(parse_config(settings))
     with pytest.raises(UserError, match="not finite in the last 5 steps.*logit_scale .*sample_ids"):
         trainer.train()
     batch = load_file(tmp_path / "run/not_finite_0.safetensors")
@@ -259,10 +259,10 @@ def test_too_many_of_them_stop_the_run_and_keep_the_batch(recipe, tmp_path):
 
 def test_a_jump_of_the_loss_is_reported_with_its_batch(tmp_path):
     from training.run.guards import Guards
-    from training.run.run_logger import Logbook
+    from training.run.run_logger import RunLogger
 
-    settings = parse_arguments(["--output_dir", str(tmp_path), "--train_data", "x"])
-    guards = Guards(settings, Logbook(tmp_path), 0, 0, torch.device("cpu"))
+    settings = parse_config(["--output_dir", str(tmp_path), "--train_data", "x"])
+    guards = Guards(settings, RunLogger(tmp_path), 0, 0, torch.device("cpu"))
     losses = [2 + 0.1 * (-1) ** i for i in range(30)] + [float("nan"), 2.2, 4.0, 2.0]
     said = [
         guards.spike({"step": i, "loss": loss, "logit_scale": 20.0, "grad_norm": 1.0}, torch.tensor([7, i]))

@@ -17,7 +17,7 @@ from modeling_amorlip.cli_amorlip import UserError
 from tests.helpers.checkout import DEMO, TINY, pretrain
 from tests.helpers.runs import assert_same_weights, read_metrics
 from training.build import build_model
-from training.config import Lora, parse_arguments
+from training.config import LoraConfig, parse_config
 from training.model.encoder import PairEncoder
 from training.model.lora import add_adapters, save_adapted
 from training.run.flops import FlopMeter
@@ -35,7 +35,7 @@ def base(recipe_factory, tmp_path_factory):
     towers = {side: {**TINY[side], **TOWER, "attention_dropout": 0.0} for side in ("vision_config", "text_config")}
     path = recipe_factory(folder, logit_bias_init_value=-1.0, **towers)
     torch.manual_seed(0)
-    model, processor = build_model(parse_arguments(["--config", str(path)]), ["a red heart", "cat face", "airplane"])
+    model, processor = build_model(parse_config(["--config", str(path)]), ["a red heart", "cat face", "airplane"])
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     return folder / "model"
@@ -161,7 +161,7 @@ def test_the_best_model_is_kept_as_both(finished, base, inputs):
 
 def test_saving_changes_nothing(base, tmp_path):
     model = AutoModel.from_pretrained(base)
-    adapted = add_adapters(model, Lora(dropout=0.1))
+    adapted = add_adapters(model, LoraConfig(dropout=0.1))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -186,7 +186,7 @@ def one_thread():
 
 def train(path, *options) -> list[dict]:
     """Metrics of a run in this process."""
-    trainer = Trainer(parse_arguments(["--config", str(path), *map(str, options)]))
+    trainer = Trainer(parse_config(["--config", str(path), *map(str, options)]))
     trainer.train()
     return read_metrics(trainer.output_dir)
 
@@ -219,7 +219,7 @@ def test_two_processes_train_as_one(finished, lora_recipe, tmp_path):
 
 def test_a_frozen_encoder_has_no_adapters(base):
     model = AutoModel.from_pretrained(base)
-    add_adapters(model, Lora(), freeze=["vision"])
+    add_adapters(model, LoraConfig(), freeze=["vision"])
     trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"text_model", "logit_scale", "logit_bias"}
     meter = FlopMeter(model, 32, 16)
@@ -233,7 +233,7 @@ def test_convolutions_are_adapted_and_statistics_kept():
     torch.manual_seed(0)
     resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
     model = AmorLIPModel(AmorLIPConfig(vision_config=resnet, text_config=TINY["text_config"], projection_dim=32))
-    add_adapters(model, Lora(target_modules=["convolution", "v_proj"]))
+    add_adapters(model, LoraConfig(target_modules=["convolution", "v_proj"]))
     encoder = PairEncoder(model, [0.5] * 3, [0.5] * 3).train()
     buffers = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
     pixels, tokens = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.randint(700, (4, 5))
@@ -259,27 +259,27 @@ def test_convolutions_are_adapted_and_statistics_kept():
     ],
 )
 def test_wrong_settings_are_named(lora_recipe, tmp_path, values, message):
-    arguments = parse_arguments(["--config", str(lora_recipe(tmp_path, lora=values))])
+    arguments = parse_config(["--config", str(lora_recipe(tmp_path, lora=values))])
     with pytest.raises(UserError, match=message):
         _ = arguments.parsed_lora
 
 
 def test_lora_needs_a_model_and_an_encoder(recipe, lora_recipe, tmp_path):
     with pytest.raises(UserError, match="name one with model"):
-        parse_arguments(["--config", str(recipe(lora=LORA))])
+        parse_config(["--config", str(recipe(lora=LORA))])
     with pytest.raises(UserError, match="no encoder left to adapt"):
-        parse_arguments(["--config", str(lora_recipe(tmp_path, freeze=["text", "vision"]))])
+        parse_config(["--config", str(lora_recipe(tmp_path, freeze=["text", "vision"]))])
 
 
 def test_layers_that_there_are_not(base):
     model = AutoModel.from_pretrained(base)
     with pytest.raises(UserError, match="vision encoder, a CLIPVisionModel.*fc1, fc2, k_proj.*freeze: .vision"):
-        add_adapters(model, Lora(target_modules=["query"]))
+        add_adapters(model, LoraConfig(target_modules=["query"]))
     with pytest.raises(UserError, match="layer_norm1.*LayerNorm"):
-        add_adapters(model, Lora(target_modules=["layer_norm1"]))
+        add_adapters(model, LoraConfig(target_modules=["layer_norm1"]))
 
 
 def test_without_peft(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r'pip install "amorlip\[lora\]"'):
-        add_adapters(AutoModel.from_pretrained(base), Lora())
+        add_adapters(AutoModel.from_pretrained(base), LoraConfig())

@@ -9,7 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel
 from tests.helpers.checkout import ROOT
-from training.config import parse_arguments
+from training.config import parse_config
 from training.objectives import OBJECTIVES
 
 
@@ -20,7 +20,7 @@ MILLIONS = {"cc3m_rn50": (38.32, 63.17), "cc12m_vit_b32": (87.46, 63.17), "datac
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_valid(recipe):
-    arguments = parse_arguments(["--config", str(recipe)])
+    arguments = parse_config(["--config", str(recipe)])
     objective = OBJECTIVES[arguments.objective]
     objective.Arguments(**arguments.objective_args)
     assert "# " in recipe.read_text().splitlines()[0], "it says what it is and what it costs"

@@ -15,7 +15,7 @@ from modeling_amorlip.cli_amorlip import UserError
 from tests.helpers.checkout import ROOT, pretrain, with_threads
 from tests.helpers.runs import assert_same_weights, read_metrics
 from tests.helpers.shards import PLAIN, write_shards
-from training.config import PretrainArguments, parse_arguments
+from training.config import PretrainConfig, parse_config
 from training.data.collate import Collator
 from training.data.dataset import PairDataset, make_dataloader
 from training.data.mixture import open_pairs
@@ -62,8 +62,8 @@ def forms(rows, tmp_path_factory):
     return write_forms(rows, tmp_path_factory.mktemp("forms"))
 
 
-def arguments(train_data, **changes) -> PretrainArguments:
-    return PretrainArguments(output_dir="unused", train_data=str(train_data), **changes)
+def arguments(train_data, **changes) -> PretrainConfig:
+    return PretrainConfig(output_dir="unused", train_data=str(train_data), **changes)
 
 
 def test_every_form_trains_to_the_same_losses(recipe, forms, tmp_path):
@@ -82,7 +82,7 @@ RECORDER = """
 import json, os, sys
 sys.path.insert(0, "ROOT")
 
-from training.config import parse_arguments
+from training.config import parse_config
 from training.trainer import Trainer
 
 class Recorder(Trainer):
@@ -91,7 +91,7 @@ class Recorder(Trainer):
             file.write(json.dumps(batch["sample_ids"].tolist()) + "\\n")
         return super().training_step(batch, logs)
 
-Recorder(parse_arguments(sys.argv[1:])).train()
+Recorder(parse_config(sys.argv[1:])).train()
 """
 
 
@@ -226,7 +226,7 @@ def test_texts_are_padded_to_the_batch(forms):
 def test_grouped_texts_have_the_same_embeddings_and_gradients(recipe, groups):
     from training.trainer import Trainer
 
-    trainer = Trainer(parse_arguments(["--config", str(recipe())]))
+    trainer = Trainer(parse_config(["--config", str(recipe())]))
     encoder, batch = trainer.encoder.eval(), next(iter(trainer.dataloader))
     inputs = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask", "lengths")}
     assert len(set(batch["lengths"])) > 3

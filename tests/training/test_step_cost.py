@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tests.helpers.checkout import DEMO
-from training.config import PretrainArguments
+from training.config import PretrainConfig
 
 
 @pytest.mark.slow
@@ -16,7 +16,7 @@ def test_an_amorlip_step_costs_at_most_two_per_cent_more_than_clips(tmp_path):
     trainers = {}
     for objective, settings in (("clip", {}), ("amorlip", {"online_every": 8})):
         trainers[objective] = Trainer(
-            PretrainArguments(
+            PretrainConfig(
                 output_dir=str(tmp_path / objective),
                 train_data=str(DEMO / "train.parquet"),
                 objective=objective,

@@ -162,13 +162,13 @@ def test_mistakes_are_named(study_file, tmp_path, changes, said):
 
 @pytest.mark.parametrize("name", ["study", "study_demo", "study_batch_sizes"])
 def test_studies_of_the_repository_are_valid(name, tmp_path):
-    from training.config import PretrainArguments, build
+    from training.config import PretrainConfig, build
     from training.objectives import OBJECTIVES
 
     study = Harness(read_study(ROOT / f"training/recipes/{name}.yaml"), tmp_path, Path("data"))
     for method in study.study.methods:
         recipe = study.recipe(Run(method, 0, study.study.sizes(method)[0], 0))
-        arguments = build(PretrainArguments, recipe)
+        arguments = build(PretrainConfig, recipe)
         build(OBJECTIVES[arguments.objective].Arguments, arguments.objective_args)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 import modeling_amorlip  # noqa: F401
 from tests.helpers.checkout import ROOT, pretrain, with_threads
 from tests.helpers.runs import assert_same_weights, read_metrics
-from training.config import Augmentation, PretrainArguments, parse_arguments
+from training.config import AugmentationConfig, PretrainConfig, parse_config
 from training.data.order import PairSampler
 from training.data.transforms import augment
 
@@ -54,7 +54,7 @@ RESNET = {"model_type": "resnet", "image_size": 32, "embedding_size": 8, "hidden
 def test_saved_model_gives_the_trainers_embeddings_bit_for_bit(recipe, demo_rows, tmp_path, changes):
     from training.trainer import Trainer
 
-    trainer = Trainer(parse_arguments(["--config", str(recipe(max_steps=4, **changes))]))
+    trainer = Trainer(parse_config(["--config", str(recipe(max_steps=4, **changes))]))
     trainer.train()
     inputs = trainer.processor(
         images=[demo_rows[i]["image"] for i in (0, 50)], text=["red heart", "a cat"], padding=True, return_tensors="pt"
@@ -234,10 +234,12 @@ def test_sampler_sees_every_pair_once_and_keeps_groups_apart():
 
 def test_augmentation_is_a_function_of_its_seed(demo_rows):
     image = demo_rows[10]["image"].convert("RGB")
-    settings = Augmentation(crop_scale=[0.5, 1], horizontal_flip=0.5, rotation=20, zoom=[0.8, 1.2], color_jitter=0.4)
+    settings = AugmentationConfig(
+        crop_scale=[0.5, 1], horizontal_flip=0.5, rotation=20, zoom=[0.8, 1.2], color_jitter=0.4
+    )
     first, again, other = (augment(image, 40, settings, random.Random(seed)) for seed in (1, 1, 2))
     assert first.size == (40, 40) and first.tobytes() == again.tobytes() != other.tobytes()
-    unchanged = Augmentation(crop_scale=[1, 1], crop_ratio=[1, 1])
+    unchanged = AugmentationConfig(crop_scale=[1, 1], crop_ratio=[1, 1])
     assert augment(image, 48, unchanged, random.Random(0)).tobytes() == image.tobytes()
 
 
@@ -245,7 +247,7 @@ def test_a_recipe_needs_its_two_paths():
     from modeling_amorlip.cli_amorlip import UserError
 
     with pytest.raises(UserError, match="train_data is not set"):
-        PretrainArguments(output_dir="x")
+        PretrainConfig(output_dir="x")
 
 
 def test_sharded_models_are_refused(recipe, monkeypatch):
@@ -256,14 +258,14 @@ def test_sharded_models_are_refused(recipe, monkeypatch):
 
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(UserError, match="set up for FSDP; here every process has a whole model"):
-        Trainer(parse_arguments(["--config", str(recipe())]))
+        Trainer(parse_config(["--config", str(recipe())]))
 
 
 def test_frozen_encoders_dropped_patches_and_channels_last(recipe):
     from training.trainer import Trainer
 
     options = {"freeze": ["vision"], "patch_dropout": 0.5, "channels_last": True, "text_groups": 2}
-    trainer = Trainer(parse_arguments(["--config", str(recipe(max_steps=3, augmentation={}, **options))]))
+    trainer = Trainer(parse_config(["--config", str(recipe(max_steps=3, augmentation={}, **options))]))
     model, seen = trainer.model, []
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.vision_model.encoder.register_forward_hook(lambda module, args, output: seen.append(output[0].shape[1]))
@@ -275,7 +277,7 @@ def test_frozen_encoders_dropped_patches_and_channels_last(recipe):
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert "vision_model" not in changed and {"text_model", "visual_projection", "text_projection"} <= changed
     del options["freeze"]
-    trainer = Trainer(parse_arguments(["--config", str(recipe(max_steps=3, output_dir="unused", **options))]))
+    trainer = Trainer(parse_config(["--config", str(recipe(max_steps=3, output_dir="unused", **options))]))
     trainer.model.vision_model.encoder.register_forward_hook(
         lambda module, args, output: seen.append(output[0].shape[1])
     )

@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from modeling_amorlip.images_amorlip import open_image
-from training.config import PretrainArguments
+from training.config import PretrainConfig
 from training.data.dataset import PairDataset
 from training.data.mixture import open_pairs
 from training.data.transforms import augment
@@ -91,7 +91,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     files = photographs(arguments.images)
-    settings = PretrainArguments(output_dir="none", train_data="none").parsed_augmentation
+    settings = PretrainConfig(output_dir="none", train_data="none").parsed_augmentation
 
     def ours(file: bytes) -> torch.Tensor:
         image = augment(open_image(file, 10**8), SIZE, settings, random.Random(0))
@@ -100,7 +100,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         calls = {"plain": lambda: [plain(file) for file in files], "ours": lambda: [ours(file) for file in files]}
         for kind, path in write_sources(files, Path(folder)).items():
-            values = PretrainArguments(output_dir="none", train_data=str(path))
+            values = PretrainConfig(output_dir="none", train_data=str(path))
             dataset = PairDataset(open_pairs(values), values, SIZE)
             calls[f"ours, {kind}"] = lambda dataset=dataset: [dataset[0, i] for i in range(len(files))]
         seconds: dict[str, list[float]] = {name: [] for name in calls}

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from modeling_amorlip.images_amorlip import open_image
-from training.config import PretrainArguments
+from training.config import PretrainConfig
 from training.data.collate import Collator
 from training.data.mixture import Mixture
 from training.data.order import PairSampler
@@ -26,13 +26,13 @@ from training.data.transforms import augment
 
 
 LONGEST_CAPTION = 100_000
-MOST_SUBSTITUTES = 100
+MAX_REPLACEMENTS = 100
 
 
 class PairDataset(torch.utils.data.Dataset):
     """(epoch, index) -> (image uint8 [3, size, size], caption, index, [pairs that could not be used])."""
 
-    def __init__(self, pairs: Mixture, arguments: PretrainArguments, image_size: int):
+    def __init__(self, pairs: Mixture, arguments: PretrainConfig, image_size: int):
         self.pairs, self.arguments, self.image_size = pairs, arguments, image_size
         self.augmentation = arguments.parsed_augmentation
 
@@ -42,12 +42,12 @@ class PairDataset(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
         substitutes, bad = random.Random(f"{self.arguments.seed}/{epoch}/{index}/substitute"), []
-        for _ in range(MOST_SUBSTITUTES):
+        for _ in range(MAX_REPLACEMENTS):
             try:
                 pixels, caption = self._load(epoch, index)
                 return pixels, caption, index, bad
             except Exception as error:  # files can be wrong in any way
-                name, file = self.pairs.where(index)
+                name, file = self.pairs.describe(index)
                 reason = " ".join(f"{error}".split()) or "damaged"
                 bad.append({"key": name, "shard": file, "cause": type(error).__name__, "reason": reason[:300]})
                 index = substitutes.randrange(len(self.pairs))

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from modeling_amorlip.cli_amorlip import UserError
-from training.config import PretrainArguments
+from training.config import PretrainConfig
 from training.data.pairs import Pairs
 from training.data.remote import expand
 from training.data.tables import TABLES, TablePairs, _load_table
 from training.data.webdataset import TarPairs
 
 
-def open_pairs(arguments: PretrainArguments) -> Mixture:
+def open_pairs(arguments: PretrainConfig) -> Mixture:
     """Everything that `train_data` names, parts divided by `::`.
 
     Raises:
@@ -50,9 +50,9 @@ class Mixture:
         part, position = self._find(index)
         return part[position]
 
-    def where(self, index: int) -> tuple[str, str]:
+    def describe(self, index: int) -> tuple[str, str]:
         part, position = self._find(index)
-        return part.where(position)
+        return part.describe(position)
 
     def captions(self) -> Iterator[str]:
         return (caption for part in self.parts for caption in part.captions())
@@ -61,7 +61,7 @@ class Mixture:
         return [value for part in self.parts for value in part.column(name)]
 
 
-def _open(source: str, arguments: PretrainArguments) -> Pairs:
+def _open(source: str, arguments: PretrainConfig) -> Pairs:
     found = expand(source)
     if found and all(name.endswith(".tar") for name in found):
         return TarPairs(found, source, arguments)

@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from modeling_amorlip.cli_amorlip import UserError
-from training.config import PretrainArguments
+from training.config import PretrainConfig
 from training.data.mixture import Mixture
 
 
@@ -24,7 +24,7 @@ class EpochOrder:
         left_out: indices that never come.
     """
 
-    def __init__(self, pairs: Mixture, arguments: PretrainArguments, left_out: np.ndarray | tuple = ()):
+    def __init__(self, pairs: Mixture, arguments: PretrainConfig, left_out: np.ndarray | tuple = ()):
         self.arguments, start = arguments, 0
         self.sources = []  # of each source its shards, as ranges of indices
         for part in pairs.parts:

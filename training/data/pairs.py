@@ -21,7 +21,7 @@ class Pairs(ABC):
         """Columns by name, the image as bytes or a path. Raises what the file or its text is damaged by."""
 
     @abstractmethod
-    def where(self, index: int) -> tuple[str, str]:
+    def describe(self, index: int) -> tuple[str, str]:
         """(key of the pair, the file it is in), for messages."""
 
     @abstractmethod

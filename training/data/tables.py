@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from modeling_amorlip.cli_amorlip import UserError
-from training.config import PretrainArguments
+from training.config import PretrainConfig
 from training.data.pairs import Pairs
 
 
@@ -23,7 +23,7 @@ TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", 
 class TablePairs(Pairs):
     """Rows of a `datasets` table."""
 
-    def __init__(self, rows: datasets.Dataset, source: str, arguments: PretrainArguments):
+    def __init__(self, rows: datasets.Dataset, source: str, arguments: PretrainConfig):
         self.source, self.rows, self.shard_sizes = source, rows, [len(rows)]
         self.caption_column = arguments.caption_column
         if len(rows) == 0:
@@ -59,7 +59,7 @@ class TablePairs(Pairs):
             image = str(self.folder / image)  # a table's paths may be relative to it
         return {**row, self.image_column: image}
 
-    def where(self, index: int) -> tuple[str, str]:
+    def describe(self, index: int) -> tuple[str, str]:
         return f"row {index}", self.source
 
     def captions(self) -> Iterator[str]:

@@ -8,10 +8,10 @@ import random
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
-from training.config import Augmentation
+from training.config import AugmentationConfig
 
 
-def augment(image: Image.Image, size: int, settings: Augmentation, generator: random.Random) -> Image.Image:
+def augment(image: Image.Image, size: int, settings: AugmentationConfig, generator: random.Random) -> Image.Image:
     """Crop, resize (one bicubic resampling), move, mirror and recolour; returns an RGB image of size x size pixels."""
     image = _crop(image, size, _crop_box(image.size, settings, generator)).convert("RGB")
     zoom = math.exp(generator.uniform(*map(math.log, settings.zoom)))
@@ -58,7 +58,7 @@ def _crop(image: Image.Image, size: int, box: tuple[float, float, float, float])
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3)
 
 
-def _crop_box(image_size, settings: Augmentation, generator: random.Random) -> tuple[float, float, float, float]:
+def _crop_box(image_size, settings: AugmentationConfig, generator: random.Random) -> tuple[float, float, float, float]:
     """A box of random area and shape inside the image (Inception's RandomResizedCrop)."""
     width, height = image_size
     area = width * height * generator.uniform(*settings.crop_scale)

@@ -20,7 +20,7 @@ import numpy as np
 from huggingface_hub.constants import HF_HOME
 
 from modeling_amorlip.cli_amorlip import UserError
-from training.config import PretrainArguments
+from training.config import PretrainConfig
 from training.data.pairs import Pairs
 
 
@@ -33,7 +33,7 @@ MEMBERS = np.dtype([(f"{kind}{what}", "<i8") for kind in ("image", "text", "json
 class TarPairs(Pairs):
     """Members of WebDataset tars that share a name: an image, and its caption as txt or in json."""
 
-    def __init__(self, shards: list[str], source: str, arguments: PretrainArguments):
+    def __init__(self, shards: list[str], source: str, arguments: PretrainConfig):
         self.source, self.shards = source, shards
         index, sizes, self.damage = _read_index(shards)
         self.index, self.shard_sizes = index, sizes
@@ -60,7 +60,7 @@ class TarPairs(Pairs):
         row[self.image_column] = self._read(shard, members, "image")
         return row
 
-    def where(self, index: int) -> tuple[str, str]:
+    def describe(self, index: int) -> tuple[str, str]:
         shard = self._shard(index)
         # The name stands in the header, the 512 bytes before the content.
         header = os.pread(self._file(shard), 512, int(self.index[index]["image"]) - 512)

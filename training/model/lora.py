@@ -19,14 +19,14 @@ from torch import nn
 
 from modeling_amorlip import AmorLIPModel
 from modeling_amorlip.cli_amorlip import UserError
-from training.config import Lora
+from training.config import LoraConfig
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def add_adapters(model: AmorLIPModel, lora: Lora, freeze: Iterable[str] = ()) -> PeftModel:
+def add_adapters(model: AmorLIPModel, lora: LoraConfig, freeze: Iterable[str] = ()) -> PeftModel:
     """Puts adapters into a model's encoders, in place, and freezes all else but logit scale and bias.
 
     Args:
@@ -39,7 +39,7 @@ def add_adapters(model: AmorLIPModel, lora: Lora, freeze: Iterable[str] = ()) ->
         UserError: PEFT is not installed, or `lora.target_modules` match no layer, or none that it can adapt.
     """
     try:
-        from peft import LoraConfig, get_peft_model  # late: no other run needs it
+        import peft  # late: no other run needs it
     except ImportError:
         raise UserError('lora needs PEFT, which is not installed: pip install "amorlip[lora]", or peft.') from None
     sides = [side for side in ("vision", "text") if side not in freeze]
@@ -48,14 +48,14 @@ def add_adapters(model: AmorLIPModel, lora: Lora, freeze: Iterable[str] = ()) ->
         encoder = model.get_submodule(f"{side}_model")
         if not any(re.fullmatch(rf"(.*\.)?({names})", name) for name, _ in encoder.named_modules()):
             raise UserError(_no_match(lora, side, encoder))
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=rf"({'|'.join(sides)})_model\.(.*\.)?({names})",
     )
     try:
-        adapted = get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"lora.target_modules {lora.target_modules}: {error}") from None
     for parameter in (model.logit_scale, model.logit_bias):
@@ -64,7 +64,7 @@ def add_adapters(model: AmorLIPModel, lora: Lora, freeze: Iterable[str] = ()) ->
     return adapted
 
 
-def _no_match(lora: Lora, side: str, encoder: nn.Module) -> str:
+def _no_match(lora: LoraConfig, side: str, encoder: nn.Module) -> str:
     layers = {name.rpartition(".")[2] for name, m in encoder.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     return (
         f"lora.target_modules {lora.target_modules} match no layer of the {side} encoder, a {type(encoder).__name__}. "

@@ -9,13 +9,13 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, CLIPTokenizer
 
 from modeling_amorlip.cli_amorlip import UserError
-from training.config import PretrainArguments
+from training.config import PretrainConfig
 
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def _build_tokenizer(source: str | None, arguments: PretrainArguments, captions):
+def _build_tokenizer(source: str | None, arguments: PretrainConfig, captions):
     if source:
         try:
             return AutoTokenizer.from_pretrained(source)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from modeling_amorlip.amortizer_amorlip import AmorLIPAmortizer, EmbeddingRing
-from modeling_amorlip.distributed_amorlip import all_gather, average_across_processes, share_from_main
+from modeling_amorlip.distributed_amorlip import all_gather, all_reduce_mean_, broadcast_from_main_
 from modeling_amorlip.loss_amorlip import (
     AMORTIZATION_OBJECTIVES,
     amortization_loss,
@@ -115,7 +115,7 @@ class AmorLIPObjective(ContrastiveObjective):
         self.previous.load_state_dict(self.target.state_dict())
         if settings.reinitialize:
             self.online.reset_parameters()
-            share_from_main(list(self.online.parameters()))
+            broadcast_from_main_(list(self.online.parameters()))
             self.target.load_state_dict(self.online.state_dict())
             self.optimizer = self._new_optimizer()
             self.step, self.fresh = 0, True
@@ -166,7 +166,7 @@ class AmorLIPObjective(ContrastiveObjective):
                 heads = log_lambda if source == "target_network" else predict(self.target)
                 errors = torch.stack([head - estimate for head, estimate in zip(heads, log_z, strict=True)])
                 mean_square = errors.square().mean()
-                average_across_processes([mean_square])
+                all_reduce_mean_([mean_square])
                 self.partition_error.copy_(mean_square.sqrt())
                 # However far off a head may be, no pair's weight can overflow, not even in half precision.
                 log_lambda = [torch.maximum(a, b - LARGEST_LOG_RATIO) for a, b in zip(log_lambda, log_z, strict=True)]
@@ -203,7 +203,7 @@ class AmorLIPObjective(ContrastiveObjective):
                 self.online.reset_parameters()
             with torch.no_grad():
                 means = [values.mean() for values in (*log_targets, *predict(self.online))]
-            average_across_processes(means)
+            all_reduce_mean_(means)
             self.online.start_at([mean - log_count for mean in means[:2]], [mean - log_count for mean in means[2:]])
             self.target.load_state_dict(self.online.state_dict())
             self.fresh = False

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_amorlip import AmorLIPAmortizer, AmorLIPConfig
-from modeling_amorlip.distributed_amorlip import all_gather, average_across_processes, world_size
+from modeling_amorlip.distributed_amorlip import all_gather, all_reduce_mean_, world_size
 
 
 DECOUPLED = 1e-100
@@ -95,7 +95,7 @@ def fit(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], 
     with torch.enable_grad():
         for _ in range(steps):
             gradients = torch.autograd.grad(loss(), parameters)
-            average_across_processes(gradients)
+            all_reduce_mean_(gradients)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()

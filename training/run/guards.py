@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modeling_amorlip.cli_amorlip import UserError
-from training.config import PretrainArguments
-from training.run.run_logger import Logbook
+from training.config import PretrainConfig
+from training.run.run_logger import RunLogger
 
 
 FEWEST_PAIRS = 1000  # met before a share of them is judged
@@ -32,7 +32,7 @@ class Guards:
         device: of training, where skipped steps are counted.
     """
 
-    def __init__(self, arguments: PretrainArguments, logbook: Logbook, rank: int, skipped: int, device: torch.device):
+    def __init__(self, arguments: PretrainConfig, logbook: RunLogger, rank: int, skipped: int, device: torch.device):
         self.arguments, self.logbook, self.rank = arguments, logbook, rank
         self.pairs, self.bad = 0, Counter()
         self.skipped = torch.full((), float(skipped), device=device)

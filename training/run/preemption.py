@@ -12,7 +12,7 @@ from accelerate import Accelerator
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def meet_lost_workers_when_asked() -> None:
+def reset_sigchld_handler() -> None:
     """Undoes what torch does when data workers start: raise, wherever the main process is, when one is lost.
 
     In the middle of a step that would leave half of it done. The loader notices by itself when it waits for a batch.
@@ -21,7 +21,7 @@ def meet_lost_workers_when_asked() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-class Interruption:
+class PreemptionHandler:
     """
     Within it, signals to stop are only noted; `wanted` says after a step whether any process was sent one.
 
@@ -33,7 +33,7 @@ class Interruption:
         self.accelerator, self.name = accelerator, "a signal to another process"
         self.noted = False
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> PreemptionHandler:
         in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere Python has no handlers
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS} if in_main_thread else {}
         return self
@@ -46,7 +46,7 @@ class Interruption:
         self.noted, self.name = True, signal.Signals(number).name
         signal.signal(number, self._before[number])
 
-    def wanted(self, waits_anyway: bool) -> bool:
+    def should_stop(self, waits_anyway: bool) -> bool:
         """Whether to stop, the same in every process: asked by all of them after every step.
 
         Several GPUs agree on it only at steps where the host waits for the device anyway.

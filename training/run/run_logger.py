@@ -17,7 +17,7 @@ from training.run.checkpointing import lock_folder
 LOGS = ("metrics", "eval", "bad_samples", "loss_spikes")
 
 
-class Logbook:
+class RunLogger:
     """The logs of one `output_dir`: `open` claims the folder, `append` adds a line."""
 
     def __init__(self, folder: Path):

@@ -42,8 +42,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import yaml
 
 from eval.tasks import ROOT, Task, select_tasks
-from modeling_amorlip.cli_amorlip import UserError, command
-from training.config import PretrainArguments, build, unknown_name
+from modeling_amorlip.cli_amorlip import UserError, cli_entry_point
+from training.config import PretrainConfig, build, unknown_name
 from training.study.study_results import draw_results, gains_table, measure, results_table, score
 
 
@@ -181,7 +181,7 @@ class Harness:
                 target = target.setdefault(parent, {})
             target[leaf] = copy.deepcopy(value)
         for name in SCALED_WITH_BATCH:
-            rate = float(values.get(name, getattr(PretrainArguments, name)))
+            rate = float(values.get(name, getattr(PretrainConfig, name)))
             values[name] = rate * math.sqrt(run.batch_size / study.tuning_batch_size)
         steps = int(values["num_train_epochs"]) * study.samples_per_epoch // run.batch_size
         values |= {
@@ -307,7 +307,7 @@ def read_study(path: Path) -> Study:
         raise UserError(f"--config {path} is not a study: {error}") from None
 
 
-@command
+@cli_entry_point
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML of the study")

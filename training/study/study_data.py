@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import datasets
 
-from modeling_amorlip.cli_amorlip import UserError, command
+from modeling_amorlip.cli_amorlip import UserError, cli_entry_point
 
 
-@command
+@cli_entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictograms", type=Path, help="parquet with columns image, caption and style")
