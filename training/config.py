@@ -75,10 +75,9 @@ class LoraConfig:
 
 
 @dataclass
-class PretrainConfig:
-    """All of a run's settings; `help` of each field gives unit and meaning."""
+class RunConfig:
+    """Settings of a run as a whole: where it writes, how often it saves, logs and evaluates."""
 
-    # Output
     output_dir: str = _field("", "folder for the model, checkpoints and metrics (required)")
     resume_from_checkpoint: str | None = _field(None, "'latest', or a folder checkpoints/step_XXXXXXXX")
     checkpoint_every: int = _field(1000, "steps between checkpoints")
@@ -90,7 +89,12 @@ class PretrainConfig:
     validation_samples: int = _field(0, "pairs left out of training, whose InfoNCE loss is part of evaluations")
     push_to_hub: str | None = _field(None, "repository USER/NAME that the finished model is published to")
     report_to: str = _field("none", "tracker for Accelerate's log_with: none, tensorboard, wandb, ...")
-    # Data
+
+
+@dataclass
+class DataConfig:
+    """Settings of the training data."""
+
     train_data: str = _field(
         "",
         "WebDataset tars or parquet (folder, pattern with {000..123} or *, hf://datasets/OWNER/NAME/PATTERN), CSV, TSV "
@@ -108,13 +112,20 @@ class PretrainConfig:
     keywords_column: str | None = _field(None, "column of lists of keywords to mix into captions")
     keywords_probability: float = _field(0.5, "share of captions that get keywords, with keywords_column")
     group_column: str | None = _field(None, "column whose values should not meet in a batch (avoids false negatives)")
-    augmentation: dict = _field({}, "random changes to images")
+    augmentation: AugmentationConfig = field(
+        default_factory=AugmentationConfig, metadata={"help": "random changes to images"}
+    )
     dataloader_num_workers: int = _field(1, "processes that decode, for each training process")
     max_image_pixels: int = _field(89_478_485, "images of more pixels are left out, undecoded")
     max_bad_fraction: float = _field(0.01, "share of unusable pairs past which a run stops, once 1000 pairs were met")
     pad_text_to_multiple: int = _field(1, "texts are padded to the batch's longest, rounded up to this; -1: to context")
     text_groups: int = _field(1, "groups of similar length that a batch's texts are encoded in, each padded by itself")
-    # Model
+
+
+@dataclass
+class ModelConfig:
+    """Settings of the model."""
+
     model: str | None = _field(None, "folder or Hub name to continue from, with processor; else the model is fresh")
     vision_config: dict = _field({}, "image encoder, any Transformers configuration with its model_type")
     text_config: dict = _field({}, "text encoder; vocab_size limits a tokenizer trained here")
@@ -124,16 +135,26 @@ class PretrainConfig:
     logit_bias_init_value: float | None = _field(None, "initial logit bias; without it the model has none")
     tokenizer: str | None = _field(None, "name or folder; else one is trained on the captions")
     freeze: list[str] = _field([], "vision or text: encoders that are not trained (LiT)")
-    lora: dict = _field({}, "adapters to train in place of the encoders of model, which stay as they are")
+    lora: LoraConfig | None = _field(None, "adapters to train in place of the encoders of model")
     patch_dropout: float = _field(0.0, "share of image patches left out in training, of encoders with a class token")
     sync_batchnorm: bool = _field(False, "batch normalisation over the batches of all GPUs")
     compile: bool = _field(False, "compile the encoders with torch.compile")
     channels_last: bool = _field(False, "lay images out with channels last, faster for convolutions on GPUs")
-    # Objective
+
+
+@dataclass
+class ObjectiveConfig:
+    """Settings of the objective."""
+
     objective: str = _field("amorlip", "amorlip, clip, dcl, siglip, sogclr, fastclip or neuclip")
     objective_args: dict = _field({}, "settings of the objective, see its file")
     negatives: Literal["global", "local"] = _field("global", "negatives from all processes, or from each its own")
-    # Optimisation
+
+
+@dataclass
+class OptimizationConfig:
+    """Settings of the optimization."""
+
     seed: int = _field(0, "of initialisation, order and augmentation")
     num_train_epochs: int = _field(1, "passes over the data")
     max_steps: int = _field(-1, "stop after so many steps; -1 leaves it to num_train_epochs")
@@ -153,7 +174,13 @@ class PretrainConfig:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _field("auto", "auto is bf16 on a GPU that has it")
     gradient_checkpointing: bool = _field(False, "recompute activations in the backward pass to save memory")
 
+
+@dataclass
+class PretrainConfig(OptimizationConfig, ObjectiveConfig, ModelConfig, DataConfig, RunConfig):
+    """Settings of a pretraining run, in one flat namespace."""
+
     def __post_init__(self):
+        self.lora = self.lora or None
         for name in ("output_dir", "train_data"):
             if not getattr(self, name):
                 raise UserError(f"{name} is not set: name it in the recipe or as --{name} PATH.")
@@ -199,14 +226,6 @@ class PretrainConfig:
             raise UserError("model and vision_config or text_config contradict each other: drop one.")
         if self.model and self.tokenizer:
             raise UserError("model and tokenizer contradict each other: a model brings its own tokenizer; drop one.")
-
-    @property
-    def parsed_augmentation(self) -> AugmentationConfig:
-        return build(AugmentationConfig, self.augmentation, "augmentation.")
-
-    @property
-    def parsed_lora(self) -> LoraConfig | None:
-        return build(LoraConfig, self.lora, "lora.") if self.lora else None
 
 
 def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
@@ -281,6 +300,8 @@ def _read_recipe(path: str) -> dict[str, Any]:
 
 
 def _convert(value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return build(hint, value, f"{'lora' if hint is LoraConfig else 'augmentation'}.")
     origin, members = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None:

@@ -73,7 +73,7 @@ class Trainer:
         for name, value in objective_class.model_defaults.items():
             if getattr(arguments, name) in (None, {}):
                 setattr(arguments, name, value)
-        augmentation, lora = arguments.parsed_augmentation, arguments.parsed_lora
+        augmentation, lora = arguments.augmentation, arguments.lora
         self.tasks = [load_task(name) for name in arguments.eval_tasks]
 
         self.accelerator = Accelerator(

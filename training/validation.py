@@ -10,14 +10,14 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from training.config import PretrainConfig
+from training.config import AugmentationConfig, PretrainConfig
 from training.data.collate import Collator
 from training.data.dataset import PairDataset
 from training.data.mixture import Mixture
 from training.objectives.clip import CLIPObjective
 
 
-PLAIN = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}
+PLAIN = AugmentationConfig(crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0])
 
 
 def held_out(number_of_pairs: int, validation_samples: int) -> np.ndarray:

@@ -26,7 +26,7 @@ from modeling_amorlip.images_amorlip import open_image
 from tests.helpers.checkout import ROOT, pretrain, start, with_threads
 from tests.helpers.runs import assert_same_weights, read_metrics
 from tests.helpers.shards import PLAIN, write_shards, write_tar
-from training.config import parse_config
+from training.config import AugmentationConfig, parse_config
 from training.data.transforms import augment
 from training.run.checkpointing import find_damage, list_checkpoints
 from training.trainer import Trainer
@@ -119,13 +119,13 @@ def test_images_of_every_kind_are_decoded_right():
     gradient = Image.linear_gradient("L").resize((64, 64))
     colours = Image.merge("RGB", [gradient, gradient.rotate(90), gradient.rotate(180)])
     plain = parse_config(["--output_dir", "x", "--train_data", "x"])
-    plain.augmentation = {"crop_scale": [1, 1], "crop_ratio": [1, 1]}
+    plain.augmentation = AugmentationConfig(crop_scale=[1, 1], crop_ratio=[1, 1])
 
     def decoded(image, form="PNG", **options):
         buffer = io.BytesIO()
         image.save(buffer, form, **options)
         opened = open_image(buffer.getvalue(), 10**6)
-        result = augment(opened, 64, plain.parsed_augmentation, random.Random(0))
+        result = augment(opened, 64, plain.augmentation, random.Random(0))
         assert (result.mode, result.size) == ("RGB", (64, 64))
         return torch.tensor(list(result.get_flattened_data()), dtype=torch.float)
 
@@ -153,7 +153,7 @@ def test_a_large_jpeg_is_reduced_while_it_is_decoded():
     image = Image.effect_mandelbrot((1024, 1024), (-2, -1.5, 1, 1.5), 100).convert("RGB")
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95)
-    plain = parse_config(["--output_dir", "x", "--train_data", "x"]).parsed_augmentation
+    plain = parse_config(["--output_dir", "x", "--train_data", "x"]).augmentation
     opened = open_image(buffer.getvalue(), 10**7)
     ours = augment(opened, 128, plain, random.Random(1))
     assert opened.size == (256, 256)  # a crop of at least 0.9 needs no more

@@ -259,9 +259,8 @@ def test_convolutions_are_adapted_and_statistics_kept():
     ],
 )
 def test_wrong_settings_are_named(lora_recipe, tmp_path, values, message):
-    arguments = parse_config(["--config", str(lora_recipe(tmp_path, lora=values))])
     with pytest.raises(UserError, match=message):
-        _ = arguments.parsed_lora
+        parse_config(["--config", str(lora_recipe(tmp_path, lora=values))])
 
 
 def test_lora_needs_a_model_and_an_encoder(recipe, lora_recipe, tmp_path):

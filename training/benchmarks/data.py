@@ -91,7 +91,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     files = photographs(arguments.images)
-    settings = PretrainConfig(output_dir="none", train_data="none").parsed_augmentation
+    settings = PretrainConfig(output_dir="none", train_data="none").augmentation
 
     def ours(file: bytes) -> torch.Tensor:
         image = augment(open_image(file, 10**8), SIZE, settings, random.Random(0))

@@ -34,7 +34,7 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __init__(self, pairs: Mixture, arguments: PretrainConfig, image_size: int):
         self.pairs, self.arguments, self.image_size = pairs, arguments, image_size
-        self.augmentation = arguments.parsed_augmentation
+        self.augmentation = arguments.augmentation
 
     def __len__(self) -> int:
         return len(self.pairs)
