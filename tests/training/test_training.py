@@ -154,7 +154,7 @@ def _without_dropout():
     ],
 )
 def test_mistakes_end_in_one_clear_message(recipe, tmp_path, changes, message, capsys, monkeypatch):
-    from tests.helpers.checkout import pretrain as script
+    from training import pretrain as script
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", str(recipe()), *changes])
