@@ -35,7 +35,7 @@ EXPORT = [
 ]
 LORA = [
     *TRAIN,
-    "peft>=0.18",  # low-rank adapters
+    "peft>=0.19.1",  # low-rank adapters
 ]
 DEV = [
     *APPS,
@@ -81,9 +81,9 @@ setup(
     install_requires=[
         "huggingface_hub>=1.5,<3",  # strict configuration classes (an internal module); the Hub
         "pillow>=11",  # decoding and resizing images
-        "safetensors>=0.4.3",  # the only format weights are written in
+        "safetensors>=0.8",  # the only format weights are written in
         "torch>=2.7",
-        "transformers>=5.10,<6",  # towers, Auto classes, processors, pipelines; some of its helpers are internal
+        "transformers>=5.13.1,<6",  # towers, Auto classes, processors, pipelines; some of its helpers are internal
     ],
     extras_require={"train": TRAIN, "eval": EVAL, "apps": APPS, "export": EXPORT, "lora": LORA, "dev": DEV},
 )
