@@ -1,9 +1,10 @@
-"""A page in the browser: upload an image, type labels, see their probabilities.
+"""Classify images on a page in the browser: upload an image, type labels, see their probabilities.
 
     python eval/apps/demo.py --model outputs/emoji_demo
     python eval/apps/demo.py --model USER/MODEL --template "an emoji of {}" --port 7861
 
-For this computer alone (127.0.0.1), and without network: nothing is shared, reported or loaded from elsewhere.
+Only this computer can open the page (127.0.0.1). It works without a network: nothing is shared, reported or loaded
+from elsewhere.
 """
 
 from __future__ import annotations
@@ -14,23 +15,24 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
 
 import torch
 from PIL import Image
 
-from eval.apps.classify import TEMPLATE, embed_labels, label_probabilities
+from eval.apps.classify import TEMPLATE, check_template, embed_labels, label_probabilities
 from eval.models import load_model
 from modeling_amorlip.cli_amorlip import UserError, cli_entry_point
 from modeling_amorlip.embedder_amorlip import encode_images
 
 
-def build_demo(model, processor, template: str = TEMPLATE):
-    """The page as a `gradio.Interface`, not started."""
+def build_demo(model: Any, processor: Any, template: str = TEMPLATE) -> Any:
+    """Return the page as a `gradio.Interface` that has not been launched."""
     import gradio
 
     def classify(image: Image.Image | None, labels: str) -> dict[str, float]:
@@ -47,7 +49,7 @@ def build_demo(model, processor, template: str = TEMPLATE):
     return gradio.Interface(
         classify,
         [
-            # As it is: RGB would lay transparency on black.
+            # Without a mode: converting to RGB would put transparent pixels on black.
             gradio.Image(type="pil", image_mode=None, sources=["upload", "clipboard"], label="Image", height=320),
             gradio.Textbox(
                 label="Labels", info="Separated by commas", lines=2, placeholder="red heart, airplane, cat face"
@@ -61,11 +63,11 @@ def build_demo(model, processor, template: str = TEMPLATE):
     )
 
 
-def serve(demo, port: int) -> None:
-    """Shows the page at http://127.0.0.1:PORT until it is interrupted; raises `UserError` when the port is taken."""
+def serve(demo: Any, port: int) -> None:
+    """Serve the page at http://127.0.0.1:PORT until it is interrupted; raises `UserError` when the port is taken."""
     import gradio
 
-    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # others are online
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # others load web fonts
     try:
         _, url, _ = demo.launch(
             server_name="127.0.0.1",
@@ -78,22 +80,32 @@ def serve(demo, port: int) -> None:
         )
     except OSError:
         raise UserError(f"Port {port} is taken; name another with --port.") from None
-    print(f"Open {url} in a browser; Ctrl-C ends the demo.", flush=True)
+    print(f"Open {url} in a browser; press Ctrl-C to end the demo.", flush=True)
     demo.block_thread()
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line; raises `UserError` for values that cannot work."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="folder or Hub repository of a dual encoder")
+    add("--port", type=int, default=7860, help="port of http://127.0.0.1:PORT (default: %(default)s)")
+    add("--template", default=TEMPLATE, help="text with {} where the label goes (default: %(default)s)")
+    arguments = parser.parse_args()
+    if not 1 <= arguments.port <= 65535:
+        raise UserError(f"--port must be between 1 and 65535, got {arguments.port}.")
+    check_template(arguments.template)
+    if find_spec("gradio") is None:
+        raise UserError("The demo needs gradio: pip install -c constraints.txt -e '.[demo]'")
+    return arguments
 
 
 @cli_entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub repository")
-    parser.add_argument("--port", type=int, default=7860, help="of http://127.0.0.1:PORT")
-    parser.add_argument("--template", default=TEMPLATE, help="what a label stands in; default: %(default)s")
-    arguments = parser.parse_args()
-    if find_spec("gradio") is None:
-        raise UserError("The demo needs gradio: pip install -c constraints.txt -e '.[demo]'")
+    arguments = parse_arguments()
     model, processor = load_model(arguments.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as uploads:  # they go when the demo ends
+    with tempfile.TemporaryDirectory() as uploads:  # uploaded images are deleted when the demo ends
         os.environ["GRADIO_TEMP_DIR"] = uploads
         serve(build_demo(model, processor, arguments.template), arguments.port)
 

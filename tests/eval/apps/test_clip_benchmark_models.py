@@ -1,4 +1,4 @@
-"""Our model in CLIP_benchmark: what it is given, and its results beside ours on the same data."""
+"""eval/apps/clip_benchmark_models.py: embeddings, and CLIP_benchmark's results beside ours on the same data."""
 
 import json
 
@@ -15,7 +15,7 @@ from tests.helpers.checkout import run
 from tests.helpers.tasks import write_classification
 
 
-def test_it_embeds_as_our_evaluation_does(tiny_model, emoji_files):
+def test_embeddings_equal_our_evaluation(tiny_model, emoji_files):
     model, transform, tokenizer = load_amorlip(str(tiny_model))
     reference = AutoModel.from_pretrained(tiny_model).eval(), AutoProcessor.from_pretrained(tiny_model)
     images = [Image.open(path) for path in sorted(emoji_files.rglob("*.png"))[:9]]
@@ -28,7 +28,8 @@ def test_it_embeds_as_our_evaluation_does(tiny_model, emoji_files):
     torch.testing.assert_close(normalize(text_embeds, dim=-1), encode_texts(*reference, texts))
 
 
-def test_its_command_gives_our_results(tiny_model, tmp_path):
+@pytest.mark.e2e
+def test_clip_benchmark_gives_our_results(tiny_model, tmp_path):
     pytest.importorskip("clip_benchmark")
     images, labels = sklearn.datasets.load_digits(return_X_y=True)
     images = [Image.fromarray((16 * x.reshape(8, 8)).clip(0, 255).astype(np.uint8)) for x in images[:200]]

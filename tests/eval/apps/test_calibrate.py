@@ -1,6 +1,7 @@
-"""Heads fitted to a sample of a gallery: against exact partitions, and as a user fits them."""
+"""eval/apps/calibrate.py: heads against exact partitions, and the command line as a user calls it."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,12 +9,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, SiglipConfig, SiglipModel
 
-from eval.apps.calibrate import fit_amortizer
+from eval.apps.calibrate import fit_amortizer, main
+from eval.models import load_model
+from eval.scoring import SCORINGS
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel
 from modeling_amorlip.configuration_amorlip import AmorLIPAmortizerConfig
 from modeling_amorlip.convert_clip_to_amorlip import convert
 from modeling_amorlip.embedder_amorlip import encode_texts
-from tests.helpers.checkout import DEMO, pretrain, run
+from tests.helpers.checkout import DEMO
 from training.model.tokenizer import train_tokenizer
 
 
@@ -26,21 +29,21 @@ def exact(ours, others, scale, bias):
 
 
 @pytest.mark.parametrize(
-    ("head_type", "size", "share"),
+    ("head_type", "size", "bias", "share"),
     [
-        ("queue", 200, 1e-5),
-        ("prototype", 200, 1e-3),
-        ("prototype", 20, 0.2),
-        ("residual_mlp", 1, 0.7),
+        ("queue", 200, None, 1e-5),
+        ("queue", 200, -10.0, 1e-5),
+        ("prototype", 200, None, 1e-3),
+        ("prototype", 20, -10.0, 0.2),
+        ("residual_mlp", 1, None, 0.7),
     ],
 )
-@pytest.mark.parametrize("bias", [None, -10.0])
-def test_heads_come_near_the_exact_partitions(head_type, size, share, bias):
-    """Their error is below that share of the spread of what they are to predict."""
+def test_fitted_heads_approximate_exact_partitions(head_type, size, bias, share):
+    """Their RMS error is below that share of the standard deviation of the targets."""
     torch.manual_seed(0)
-    centres = torch.nn.functional.normalize(torch.randn(8, 16), dim=-1)
+    centers = torch.nn.functional.normalize(torch.randn(8, 16), dim=-1)
     images, texts = (
-        torch.nn.functional.normalize(centres[torch.randint(8, (n,)) ** 2 % 8] + 0.1 * torch.randn(n, 16), dim=-1)
+        torch.nn.functional.normalize(centers[torch.randint(8, (n,)) ** 2 % 8] + 0.1 * torch.randn(n, 16), dim=-1)
         for n in (200, 200)
     )
     towers = {"vision_config": {**TOWER, "image_size": 32, "patch_size": 16}, "text_config": {**TOWER, "vocab_size": 9}}
@@ -49,10 +52,10 @@ def test_heads_come_near_the_exact_partitions(head_type, size, share, bias):
     config = AmorLIPAmortizerConfig(head_type=head_type, size=size)
     fit_amortizer(model, images, texts, config, steps=400, batch_size=64)
     with torch.no_grad():
-        found = model.amortizer(images, texts, model.logit_scale.exp(), model.logit_bias)
-    for prediction, ours, others in zip(found, (images, texts), (texts, images), strict=True):
-        wanted = exact(ours, others, 12, bias or 0)
-        assert (prediction - wanted).square().mean().sqrt() < share * wanted.std()
+        predictions = model.amortizer(images, texts, model.logit_scale.exp(), model.logit_bias)
+    for prediction, ours, others in zip(predictions, (images, texts), (texts, images), strict=True):
+        target = exact(ours, others, 12, bias or 0)
+        assert (prediction - target).square().mean().sqrt() < share * target.std()
 
 
 @pytest.fixture(scope="module")
@@ -69,23 +72,33 @@ def task(tmp_path_factory):
     return folder / "task.yaml"
 
 
-def test_command_line_gives_a_trained_model_new_heads(recipe, task, tmp_path):
-    assert pretrain(recipe(max_steps=3)).returncode == 0
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Calls the command line in this process; returns its exit status, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["calibrate.py", *map(str, arguments)])
+        status = main()
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_calibrate_fits_new_heads_and_keeps_towers(call, tiny_model, task, tmp_path):
     output = tmp_path / "calibrated"
     options = ["--samples", "40", "--size", "16", "--steps", "20", "--output", output]
-    result = run("eval/apps/calibrate.py", tmp_path / "run", task, *options)
-    assert result.returncode == 0, result.stderr
-    for said in ("cosine", "gallery", "amortized", "before"):
-        assert said in result.stdout
-    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", output))
+    status, printed, errors = call(tiny_model, task, *options)
+    assert status == 0, errors
+    scorings = [entry.split()[0] for entry in printed.splitlines()[0].partition(": ")[2].split(", ")]
+    assert scorings == [*SCORINGS, "before"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_model, output))
     towers = [name for name in before if not name.startswith("amortizer")]
     assert all(torch.equal(before[name], after[name]) for name in towers) and len(towers) > 10
     assert AutoModel.from_pretrained(output).amortizer.text_head.prototypes.shape == (16, 32)
-    scored = run("eval/run.py", "--model", output, "--tasks", task, "--scoring", "gallery", "amortized")
-    assert scored.returncode == 0 and "amortized" in scored.stdout, scored.stderr
+    assert load_model(str(output))[1].tokenizer("a cat")["input_ids"]
 
 
-def test_command_line_converts_clip_and_takes_pairs(demo_rows, small_data, tmp_path):
+def test_calibrate_converts_clip_and_reads_pairs(call, demo_rows, small_data, tmp_path):
     tokenizer = train_tokenizer(demo_rows["caption"], 600)
     text = {**TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
     text["eos_token_id"] = tokenizer.eos_token_id
@@ -94,13 +107,13 @@ def test_command_line_converts_clip_and_takes_pairs(demo_rows, small_data, tmp_p
     image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(image_processor, tokenizer).save_pretrained(tmp_path / "clip")
     options = ["--samples", "80", "--head_type", "residual_mlp", "--steps", "5", "--output", tmp_path / "ours"]
-    result = run("eval/apps/calibrate.py", tmp_path / "clip", small_data, *options)
-    assert result.returncode == 0, result.stderr
+    status, _, errors = call(tmp_path / "clip", small_data, *options)
+    assert status == 0, errors
     assert any(name.startswith("amortizer") for name in load_file(tmp_path / "ours/model.safetensors"))
     assert isinstance(AutoModel.from_pretrained(tmp_path / "ours"), AmorLIPModel)
 
 
-def test_texts_of_a_converted_siglip_are_encoded_as_its_own(demo_rows, tmp_path):
+def test_converted_siglip_encodes_texts_as_its_source(demo_rows, tmp_path):
     tokenizer = train_tokenizer(demo_rows["caption"], 600)
     text = {**TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_size": 32}
     vision = {**TOWER, "image_size": 32, "patch_size": 16}
@@ -112,12 +125,12 @@ def test_texts_of_a_converted_siglip_are_encoded_as_its_own(demo_rows, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["nowhere/at/all", "emoji_openmoji"], "nowhere/at/all"),
         (["nowhere/at/all", "emoji_openmoji", "--samples", "0"], "--samples must be at least 1, got 0"),
     ],
 )
-def test_mistakes_are_named(tmp_path, options, said):
-    result = run("eval/apps/calibrate.py", *options, "--output", tmp_path)
-    assert result.returncode == 1 and said in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+def test_calibrate_reports_mistakes(call, tmp_path, options, message):
+    status, _, errors = call(*options, "--output", tmp_path)
+    assert status == 1 and message in errors.splitlines()[-1]

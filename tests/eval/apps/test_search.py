@@ -1,4 +1,4 @@
-"""eval/apps/search.py against scores computed pair by pair, and what its index encodes again."""
+"""eval/apps/search.py: scores against brute force, the index, and the command line."""
 
 import copy
 import json
@@ -13,12 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
-import eval.apps.search
-from eval.apps.search import check_scoring, index_images, search
+from eval.apps import image_index
+from eval.apps.image_files import read_image
+from eval.apps.image_index import index_images
+from eval.apps.search import check_scoring, main, search
 from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.embedder_amorlip import encode_texts
-from modeling_amorlip.images_amorlip import open_image
-from tests.helpers.checkout import run
 
 
 QUERIES = ["an airplane", "a red heart", "a button"]
@@ -42,8 +42,20 @@ def brute_force(model, processor, paths, texts):
         return model(**inputs)
 
 
+@pytest.fixture
+def call(tiny_model, monkeypatch, capsys):
+    """Calls the command line in this process; returns its exit status, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["search.py", "--model", str(tiny_model), *map(str, arguments)])
+        status = main()
+        return status, *capsys.readouterr()
+
+    return run
+
+
 @pytest.mark.parametrize("scoring", ["cosine", "gallery", "amortized"])
-def test_ranks_equal_brute_force(loaded, tiny_model, emoji_files, tmp_path, scoring):
+def test_search_ranks_as_brute_force(call, loaded, emoji_files, tmp_path, scoring):
     model, processor = loaded
     (emoji_files / "odd/$broken$.png").write_bytes((emoji_files / "odd/abacus.png").read_bytes()[:200])
     (emoji_files / "notes.txt").write_text("no image")
@@ -62,40 +74,27 @@ def test_ranks_equal_brute_force(loaded, tiny_model, emoji_files, tmp_path, scor
     order = expected.argsort(descending=True)[:, :7]
 
     options = ["--queries", tmp_path / "queries.txt"] if scoring == "gallery" else []
-    result = run(
-        "eval/apps/search.py",
-        "--model",
-        tiny_model,
-        "--images",
-        emoji_files,
-        *QUERIES,
-        "--top",
-        7,
-        "--scoring",
-        scoring,
-        *options,
-        "--sheet",
-        tmp_path / "sheet.png",
-    )
-    assert result.returncode == 0, result.stderr
-    assert f"skipped {emoji_files}/odd/$broken$.png" in result.stderr
-    lines = iter(result.stdout.splitlines())
+    options += ["--top", 7, "--scoring", scoring, "--sheet", tmp_path / "sheet.png"]
+    status, printed, errors = call("--images", emoji_files, *QUERIES, *options)
+    assert status == 0, errors
+    assert f"skipped {emoji_files}/odd/$broken$.png" in errors
+    lines = iter(printed.splitlines())
     for query, best, scores in zip(QUERIES, order, expected, strict=True):
         assert next(lines) == query
         for rank, i in enumerate(best.tolist(), 1):
-            found_rank, score, path = next(lines).split(maxsplit=2)
-            assert (int(found_rank), path) == (rank, str(paths[i]))
+            printed_rank, score, path = next(lines).split(maxsplit=2)
+            assert (int(printed_rank), path) == (rank, str(paths[i]))
             assert float(score) == pytest.approx(scores[i].item(), abs=6e-5)
     assert next(lines, None) is None
     width, height = Image.open(tmp_path / "sheet.png").size
     assert width > 1000 and height > 800  # two rows for each of three queries
     with safe_open(tmp_path / "emoji.index.safetensors", "pt") as index:
-        assert len(json.loads(index.metadata()["images"])) == len(paths) == 40
+        assert len(json.loads(index.get_tensor("stamps").numpy().tobytes())) == len(paths) == 40
         torch.testing.assert_close(index.get_tensor("image_embeds").norm(dim=1), torch.ones(40))
 
 
-def test_scorings_rank_differently_where_an_image_is_near_to_everything(loaded):
-    """The image nearest to all queries comes first by cosine, and last by what it scores over its own average."""
+def test_gallery_scoring_demotes_hub_image(loaded):
+    """An image close to all queries comes first by cosine, but not relative to its average score."""
     model, processor = loaded
     texts = torch.nn.functional.normalize(
         model.get_text_features(**processor.tokenizer(QUERIES, padding=True, return_tensors="pt")).pooler_output, dim=-1
@@ -107,19 +106,19 @@ def test_scorings_rank_differently_where_an_image_is_near_to_everything(loaded):
     assert search(model, processor, QUERIES, images, "gallery").argmax(1).tolist() == [1, 2, 3]
 
 
-def test_gallery_ranks_as_the_probability_of_the_query_does(loaded):
-    """Also where it is so near to 1 that float32 could not tell."""
+def test_gallery_scoring_ranks_by_probability_of_query(loaded):
+    """Even where the probability is so close to 1 that float32 cannot represent the difference."""
     model, processor = copy.deepcopy(loaded[0]), loaded[1]
     model.logit_scale.data.fill_(math.log(100))
     images = torch.nn.functional.normalize(torch.randn(50, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
     logits = 100 * encode_texts(model, processor, QUERIES).double() @ images.double().T
-    for i, found in enumerate(search(model, processor, QUERIES, images, "gallery")):
+    for i, scores in enumerate(search(model, processor, QUERIES, images, "gallery")):
         others = torch.cat([logits[:i], logits[i + 1 :]]).logsumexp(0)
         log_probability = -torch.log1p((others - logits[i]).exp())
-        assert found.argsort(descending=True).tolist() == log_probability.argsort(descending=True).tolist()
+        assert scores.argsort(descending=True).tolist() == log_probability.argsort(descending=True).tolist()
 
 
-def test_index_encodes_only_what_is_new_or_changed(loaded, tiny_model, emoji_files, tmp_path, capsys):
+def test_index_encodes_only_new_and_changed_images(loaded, tiny_model, emoji_files, tmp_path, capsys):
     model, processor = loaded[0], AutoProcessor.from_pretrained(tiny_model)
     file, encoded = tmp_path / "deep/er/index.safetensors", []
     count = model.vision_model.register_forward_pre_hook(
@@ -151,7 +150,7 @@ def test_index_encodes_only_what_is_new_or_changed(loaded, tiny_model, emoji_fil
         torch.testing.assert_close(place[moved], before[gone])
 
         capsys.readouterr()
-        assert update("two")[2] == 41 and "another model's" in capsys.readouterr().err
+        assert update("two")[2] == 41 and "another model" in capsys.readouterr().err
         processor.image_processor.image_mean = [0.1, 0.1, 0.1]
         assert update("two")[2] == 41
         assert update(None)[2] == update(None)[2] == 41  # no telling whether it is the same model
@@ -160,10 +159,10 @@ def test_index_encodes_only_what_is_new_or_changed(loaded, tiny_model, emoji_fil
         count.remove()
 
 
-def test_an_interrupted_run_keeps_what_it_has_encoded(loaded, emoji_files, tmp_path, monkeypatch):
+def test_interrupted_indexing_continues(loaded, emoji_files, tmp_path, monkeypatch):
     model, processor = loaded
-    monkeypatch.setattr(eval.search, "SAVE_EVERY", 16)
-    calls, encode_files = [], eval.search.encode_files
+    monkeypatch.setattr(image_index, "SAVE_EVERY", 16)
+    calls, encode_files = [], image_index.encode_files
 
     def stop_at_the_third(model, processor, paths, batch_size):
         calls.append(len(paths))
@@ -171,19 +170,19 @@ def test_an_interrupted_run_keeps_what_it_has_encoded(loaded, emoji_files, tmp_p
             raise KeyboardInterrupt
         return encode_files(model, processor, paths, batch_size)
 
-    monkeypatch.setattr(eval.search, "encode_files", stop_at_the_third)
+    monkeypatch.setattr(image_index, "encode_files", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         index_images(model, processor, emoji_files, tmp_path / "index.safetensors", "one")
     index_images(model, processor, emoji_files, tmp_path / "index.safetensors", "one")
     assert calls == [16, 16, 8, 8]
 
 
-def test_photographs_are_seen_upright(emoji_files, tmp_path):
+def test_read_image_applies_exif_orientation(emoji_files, tmp_path):
     image = Image.open(emoji_files / "even/airplane.png").convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn by 90 degrees clockwise to see it"
     image.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
-    assert open_image(tmp_path / "turned.png").tobytes() == image.tobytes()
+    assert read_image(tmp_path / "turned.png").tobytes() == image.tobytes()
 
 
 def mistakes(folder):
@@ -201,18 +200,16 @@ def mistakes(folder):
         (["--index", folder / "weights.safetensors"], "weights.safetensors is not an index of images"),
         (["--index", folder / "cut.safetensors"], "cut.safetensors cannot be read"),
         (["--images", folder / "nowhere"], "nowhere: there is no such folder"),
-        (["--images", folder / "empty"], "holds no image"),
+        (["--images", folder / "empty"], "empty holds no image that can be read"),
         (["--images", folder / "broken"], "None of the 1 images"),
         (["--top", 0], "must be 1 or more"),
     ]
 
 
-def test_mistakes_end_in_one_clear_message(tiny_model, emoji_files, tmp_path, monkeypatch, capsys):
+def test_search_reports_mistakes(call, emoji_files, tmp_path):
     for options, message in mistakes(tmp_path):
-        command = ["search.py", "--model", tiny_model, "--images", emoji_files, "a cat", *options]
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        assert eval.search.main() == 1
-        assert message in capsys.readouterr().err.splitlines()[-1]
+        status, _, errors = call("--images", emoji_files, "a cat", *options)
+        assert status == 1 and message in errors.splitlines()[-1]
     with safe_open(tmp_path / "weights.safetensors", "pt") as weights:  # not written over
         assert list(weights.keys()) == ["weight"]
 

@@ -1,4 +1,4 @@
-"""eval/apps/demo.py started as the README says: through its HTTP interface, and in a browser."""
+"""eval/apps/demo.py as users start it: through its HTTP interface, and in a browser."""
 
 import json
 import shutil
@@ -14,9 +14,12 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from eval.apps.classify import embed_labels, label_probabilities
+from eval.apps.demo import main
 from modeling_amorlip.embedder_amorlip import encode_images
-from tests.helpers.checkout import ROOT, run, with_threads
+from tests.helpers.checkout import ROOT, with_threads
 
+
+pytestmark = pytest.mark.e2e
 
 LABELS = ["airplane", "red heart", "angry face"]
 BARS = ("dt", "dd", "meter")  # of a label on the page: its name, its per cent, its bar
@@ -77,7 +80,7 @@ def expected(tiny_model, picture):
     return dict(sorted(zip(LABELS, probabilities, strict=True), key=lambda item: -item[1]))
 
 
-def test_http_client(demo, picture, expected, uploads):
+def test_demo_answers_http_client(demo, picture, expected, uploads):
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError
 
@@ -95,13 +98,32 @@ def test_http_client(demo, picture, expected, uploads):
             client.predict(image, labels, api_name="/classify")
 
 
-def test_for_this_computer_alone(demo, tiny_model):
+def test_demo_listens_on_this_computer_only(demo):
     assert requests.get(demo, timeout=30).ok
     port = demo.rpartition(":")[2]
     with pytest.raises(OSError):  # another address of this computer, which a server for all networks would answer
         socket.create_connection(("127.0.0.2", int(port)), timeout=5)
-    result = run("eval/apps/demo.py", "--model", tiny_model, "--port", port)
-    assert result.returncode == 1 and f"Port {port} is taken" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "99999"], "--port must be between 1 and 65535, got 99999"),
+        (["--template", "a photo"], "'a photo' has no {} where the label goes"),
+    ],
+)
+def test_demo_reports_mistakes_at_start(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--model", "not/loaded", *options])
+    assert main() == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_demo_reports_taken_port(demo, tiny_model, monkeypatch, capsys):
+    port = demo.rpartition(":")[2]
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--model", str(tiny_model), "--port", port])
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # the demo sets it
+    assert main() == 1
+    assert f"Port {port} is taken" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture
@@ -134,7 +156,7 @@ def browser(tmp_path):
 
 
 @pytest.mark.browser
-def test_in_a_browser(demo, picture, expected, browser, tmp_path):
+def test_demo_in_browser(demo, picture, expected, browser, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 

@@ -1,4 +1,4 @@
-"""eval/apps/classify.py against the model's own logits."""
+"""eval/apps/classify.py: probabilities against the model's own logits, and the command line."""
 
 import csv
 import sys
@@ -8,11 +8,9 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-import eval.apps.classify
-from eval.apps.classify import embed_labels, label_probabilities
+from eval.apps.classify import embed_labels, label_probabilities, main
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel
 from modeling_amorlip.embedder_amorlip import encode_images
-from tests.helpers.checkout import run
 
 
 LABELS = ["airplane", "anchor", "angry face", "red, blue"]
@@ -34,7 +32,19 @@ def opaque(folder):
     return [p for p in sorted(folder.rglob("*.png")) if Image.open(p).getchannel("A").getextrema() == (255, 255)]
 
 
-def test_command_line_gives_the_softmax_of_the_logits(loaded, tiny_model, emoji_files, tmp_path):
+@pytest.fixture
+def call(tiny_model, monkeypatch, capsys):
+    """Calls the command line in this process; returns its exit status, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["classify.py", "--model", str(tiny_model), *map(str, arguments)])
+        status = main()
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_classify_gives_softmax_of_logits(call, loaded, emoji_files, tmp_path):
     for path in set(emoji_files.rglob("*.png")) - set(opaque(emoji_files)):
         path.unlink()
     (emoji_files / "broken.png").write_bytes(b"no image")
@@ -42,53 +52,38 @@ def test_command_line_gives_the_softmax_of_the_logits(loaded, tiny_model, emoji_
     single = opaque(emoji_files / "odd")[0]
     (tmp_path / "labels.txt").write_text("\n".join(["", *LABELS[2:], LABELS[0]]), encoding="utf-8-sig")
     output = tmp_path / "labels.csv"
-    result = run(
-        "eval/apps/classify.py",
-        single,
-        emoji_files / "even",
-        emoji_files / "broken.png",
-        "--model",
-        tiny_model,
-        "--labels",
-        *LABELS[:2],
-        "--labels_file",
-        tmp_path / "labels.txt",
-        "--template",
-        "an emoji of {}",
-        "--top",
-        3,
-        "--output",
-        output,
-    )
-    assert result.returncode == 0, result.stderr
-    assert f"skipped {emoji_files}/broken.png" in result.stderr
+    options = ["--labels_file", tmp_path / "labels.txt", "--template", "an emoji of {}", "--top", 3, "--output", output]
+    sources = [single, emoji_files / "even", emoji_files / "broken.png"]
+    status, printed, errors = call(*sources, "--labels", *LABELS[:2], *options)
+    assert status == 0, errors
+    assert f"skipped {emoji_files}/broken.png" in errors
 
     paths = [single, *folder]
     images = [Image.open(p).convert("RGB") for p in paths]
     expected = logits(*loaded, images, [f"an emoji of {label}" for label in LABELS]).softmax(-1)
     with output.open(newline="", encoding="utf-8") as file:
         rows = iter(list(csv.DictReader(file)))
-    printed = iter(result.stdout.splitlines())
+    lines = iter(printed.splitlines())
     for path, probabilities in zip(paths, expected, strict=True):
-        assert next(printed) == str(path)
+        assert next(lines) == str(path)
         for rank, i in enumerate(probabilities.argsort(descending=True).tolist()[:3], 1):
             row = next(rows)
             assert (row["image"], row["rank"], row["label"]) == (str(path), str(rank), LABELS[i])
             assert float(row["probability"]) == pytest.approx(probabilities[i].item(), abs=1e-5)
-            assert next(printed) == f"{100 * float(row['probability']):6.2f} %  {LABELS[i]}"
-    assert next(rows, None) is next(printed, None) is None
+            assert next(lines) == f"{100 * float(row['probability']):6.2f} %  {LABELS[i]}"
+    assert next(rows, None) is next(lines, None) is None
 
 
-def test_a_model_with_a_bias_judges_each_label_by_itself(loaded, tiny_model, emoji_files):
+def test_model_with_logit_bias_judges_labels_independently(loaded, tiny_model, emoji_files):
     torch.manual_seed(0)
     config = AmorLIPConfig.from_pretrained(tiny_model, logit_bias_init_value=-1.5)
     model, processor = AmorLIPModel(config).eval(), loaded[1]
     images = [Image.open(p).convert("RGB") for p in opaque(emoji_files)[:4]]
     embeds = encode_images(model, processor, images)
     for labels in (LABELS, LABELS[:1]):  # also a single one
-        found = label_probabilities(model, embeds, embed_labels(model, processor, labels, "{}"))
+        probabilities = label_probabilities(model, embeds, embed_labels(model, processor, labels, "{}"))
         expected = logits(model, processor, images, labels).sigmoid()
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-5)
 
 
 def mistakes(folder):
@@ -105,12 +100,11 @@ def mistakes(folder):
         ([picture, "--labels_file", folder / "latin.txt"], "latin.txt cannot be read as UTF-8"),
         ([picture, *labels, "--template", "a photo"], "has no {} where the label goes"),
         ([picture, *labels, "--top", 0], "must be 1 or more"),
-        ([picture, *labels, "--output", folder / "no/such/folder.csv"], "folder.csv cannot be written"),
+        ([picture, *labels, "--output", folder / "no/such/folder.csv"], "no/such does not exist"),
     ]
 
 
-def test_mistakes_end_in_one_clear_message(tiny_model, emoji_files, tmp_path, monkeypatch, capsys):
+def test_classify_reports_mistakes(call, emoji_files, tmp_path):
     for arguments, message in mistakes(tmp_path):
-        monkeypatch.setattr(sys, "argv", list(map(str, ["classify.py", "--model", tiny_model, *arguments])))
-        assert eval.classify.main() == 1
-        assert message in capsys.readouterr().err.splitlines()[-1]
+        status, _, errors = call(*arguments)
+        assert status == 1 and message in errors.splitlines()[-1]
