@@ -1,45 +1,74 @@
-"""From samples to a batch of tensors."""
+"""Collate samples into a batch of tensors."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypedDict
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+class BadSample(TypedDict):
+    """A pair that could not be used, and why."""
+
+    key: str
+    shard: str
+    cause: str
+    reason: str
+
+
+class Sample(NamedTuple):
+    """One decoded pair, with the pairs that failed before it."""
+
+    image: Tensor
+    caption: str
+    sample_id: int
+    bad_samples: list[BadSample]
 
 
 class Collator:
-    """Samples -> {pixel_values uint8 [N, 3, H, W], input_ids, attention_mask [N, longest], lengths, sample_ids [N]}.
+    """Collate samples into a dictionary that the encoder and the trainer read.
 
-    `bad_samples` stands beside them, and nothing else when a pair could not even be replaced. Texts are padded to the
-    longest of the batch, rounded up to `multiple`, or to `max_length` when that is -1; `lengths` are what each would be
-    padded to by itself. A tokenizer without attention masks (SigLIP's) says that its encoder reads padding as text:
-    then all texts are padded to `max_length`.
+    The dictionary holds `pixel_values` (uint8 [N, 3, H, W]), `input_ids` and `attention_mask` (int64 [N, L]),
+    `lengths` (N integers: the length that each text would be padded to on its own), `sample_ids` (int64 [N]) and
+    `bad_samples`. When a pair has no replacement, the dictionary holds `bad_samples` alone.
+
+    Args:
+        tokenizer: converts captions to tokens. If it returns no attention mask (as SigLIP's does), its encoder reads
+            padding as text, so every text is padded to `max_length`.
+        max_length: context length of the text encoder; longer texts are truncated.
+        multiple: texts are padded to the longest of the batch, rounded up to this multiple; -1 pads to `max_length`.
     """
 
-    def __init__(self, tokenizer, max_length: int, multiple: int = 1):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, multiple: int = 1):
         self.has_masks = "attention_mask" in tokenizer.model_input_names
-        self.tokenizer, self.max_length, self.multiple = tokenizer, max_length, multiple if self.has_masks else -1
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.multiple = multiple if self.has_masks else -1
 
-    def __call__(self, samples):
-        images, captions, indices, bad = zip(*samples, strict=True)
-        bad_samples = [entry for entries in bad for entry in entries]
-        if any(image.numel() == 0 for image in images):
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        bad_samples = [entry for sample in samples for entry in sample.bad_samples]
+        if any(sample.image.numel() == 0 for sample in samples):
             return {"bad_samples": bad_samples}
-        text = self.tokenizer(list(captions), truncation=True, max_length=self.max_length)
-        lengths = [self._padded(len(tokens)) for tokens in text["input_ids"]]
+        captions = [sample.caption for sample in samples]
+        text = self.tokenizer(captions, truncation=True, max_length=self.max_length)
+        lengths = [self._padded_length(len(tokens)) for tokens in text["input_ids"]]
         text = self.tokenizer.pad(
             text, padding="max_length", max_length=max(lengths), padding_side="right", return_tensors="pt"
         )
         return {
-            "pixel_values": torch.stack(images),
+            "pixel_values": torch.stack([sample.image for sample in samples]),
             "input_ids": text["input_ids"],
             "attention_mask": text["attention_mask"] if self.has_masks else torch.ones_like(text["input_ids"]),
             "lengths": lengths,
-            "sample_ids": torch.tensor(indices),
+            "sample_ids": torch.tensor([sample.sample_id for sample in samples]),
             "bad_samples": bad_samples,
         }
 
-    def _padded(self, length: int) -> int:
+    def _padded_length(self, length: int) -> int:
         if self.multiple < 0:
             return self.max_length
         return min(math.ceil(length / self.multiple) * self.multiple, self.max_length)

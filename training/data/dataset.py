@@ -1,94 +1,110 @@
-"""From a source of image-text pairs to batches, in an order and with augmentations that the seed alone decides.
+"""Decode pairs into samples, deterministically from the seed.
 
-The path of a sample: `EpochOrder` puts an epoch's pairs in order; `PairSampler` divides it into global batches and
-gives every process its share; `PairDataset` decodes one image, crops, resizes and augments it and draws one caption,
-with a generator seeded by (seed, epoch, index); `Collator` stacks images as uint8 and tokenizes captions, padded to the
-longest of the batch. Since nothing depends on what was drawn before, a run continues at any batch by starting the
-sampler there, and neither the number of workers nor that of processes changes a sample.
+`EpochOrder` orders the pairs of an epoch, `PairSampler` splits that order into global batches and gives each process
+its share, `PairDataset` decodes and augments one image and draws one caption, and `Collator` builds the batch. The
+generator of a sample is seeded by (seed, epoch, index), so a sample depends neither on what was drawn before nor on
+the number of workers and processes, and a run resumes at any batch by starting the sampler there.
 
-A pair that cannot be used is listed, and another, drawn by the same seed, stands in for it, so that batches stay full.
+A pair that cannot be used is listed and replaced by another one, drawn with the same seed, so batches stay full.
 """
 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from modeling_amorlip.images_amorlip import open_image
 from training.config import PretrainConfig
-from training.data.collate import Collator
+from training.data.collate import BadSample, Collator, Sample
 from training.data.mixture import Mixture
 from training.data.order import PairSampler
 from training.data.transforms import augment
 
 
-LONGEST_CAPTION = 100_000
+MAX_CAPTION_CHARACTERS = 100_000
 MAX_REPLACEMENTS = 100
 
 
-class PairDataset(torch.utils.data.Dataset):
-    """(epoch, index) -> (image uint8 [3, size, size], caption, index, [pairs that could not be used])."""
+class PairDataset(Dataset):
+    """Map (epoch, index) to a `Sample`: image (uint8 [3, size, size]), caption, index and replaced pairs.
 
-    def __init__(self, pairs: Mixture, arguments: PretrainConfig, image_size: int):
-        self.pairs, self.arguments, self.image_size = pairs, arguments, image_size
-        self.augmentation = arguments.augmentation
+    Args:
+        pairs: the pairs to read.
+        config: names of columns, augmentation, seed and limits.
+        image_size: height and width of the images returned.
+    """
+
+    def __init__(self, pairs: Mixture, config: PretrainConfig, image_size: int):
+        self.pairs, self.config, self.image_size = pairs, config, image_size
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, key: tuple[int, int]):
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        substitutes, bad = random.Random(f"{self.arguments.seed}/{epoch}/{index}/substitute"), []
+        replacements = random.Random(f"{self.config.seed}/{epoch}/{index}/substitute")
+        bad_samples: list[BadSample] = []
         for _ in range(MAX_REPLACEMENTS):
             try:
                 pixels, caption = self._load(epoch, index)
-                return pixels, caption, index, bad
-            except Exception as error:  # files can be wrong in any way
-                name, file = self.pairs.describe(index)
-                reason = " ".join(f"{error}".split()) or "damaged"
-                bad.append({"key": name, "shard": file, "cause": type(error).__name__, "reason": reason[:300]})
-                index = substitutes.randrange(len(self.pairs))
-        return torch.empty(0), "", index, bad  # so many in a row are past every limit
+                return Sample(pixels, caption, index, bad_samples)
+            except Exception as error:  # decoders raise any kind of error for damaged files
+                bad_samples.append(self._describe_failure(index, error))
+                index = replacements.randrange(len(self.pairs))
+        # The collator reports a batch with an empty image as lost, which stops the run.
+        return Sample(torch.empty(0), "", index, bad_samples)
+
+    def _describe_failure(self, index: int, error: Exception) -> BadSample:
+        key, shard = self.pairs.describe(index)
+        reason = " ".join(f"{error}".split()) or "damaged"
+        return BadSample(key=key, shard=shard, cause=type(error).__name__, reason=reason[:300])
 
     def _load(self, epoch: int, index: int) -> tuple[torch.Tensor, str]:
-        generator = random.Random(f"{self.arguments.seed}/{epoch}/{index}")
+        generator = random.Random(f"{self.config.seed}/{epoch}/{index}")
         row = self.pairs[index]
-        image = open_image(row[self.arguments.image_column], self.arguments.max_image_pixels)
-        image = augment(image, self.image_size, self.augmentation, generator)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), self._caption(row, generator)
+        image = open_image(row[self.config.image_column], self.config.max_image_pixels)
+        image = augment(image, self.image_size, self.config.augmentation, generator)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), self._draw_caption(row, generator)
 
-    def _caption(self, row: dict, generator: random.Random) -> str:
-        arguments = self.arguments
-        alternatives = row.get(arguments.alternative_captions_column)
-        columns = [arguments.caption_column, *arguments.further_caption_columns]
-        caption = (
-            generator.choice(alternatives)
-            if alternatives
-            else row.get(generator.choice(columns) if len(columns) > 1 else columns[0])
-        )
+    def _draw_caption(self, row: dict[str, Any], generator: random.Random) -> str:
+        caption = self._choose_caption(row, generator)
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"the caption is {str(caption)[:50]!r}; it must be text that is not empty")
-        if len(caption) > LONGEST_CAPTION:
+        if len(caption) > MAX_CAPTION_CHARACTERS:
             raise ValueError(f"the caption has {len(caption)} characters")
-        keywords = row.get(arguments.keywords_column)
-        if keywords and generator.random() < arguments.keywords_probability:
+        keywords = row.get(self.config.keywords_column) if self.config.keywords_column else None
+        if keywords and generator.random() < self.config.keywords_probability:
             parts = [caption, *generator.sample(keywords, k=min(len(keywords), generator.randint(1, 3)))]
             generator.shuffle(parts)
             caption = ", ".join(parts)
         return caption
 
+    def _choose_caption(self, row: dict[str, Any], generator: random.Random) -> Any:
+        column = self.config.alternative_captions_column
+        alternatives = row.get(column) if column else None
+        if alternatives:
+            return generator.choice(alternatives)
+        columns = [self.config.caption_column, *self.config.further_caption_columns]
+        return row.get(generator.choice(columns) if len(columns) > 1 else columns[0])
 
-def make_dataloader(pairs, arguments, image_size, collator: Collator, sampler: PairSampler) -> DataLoader:
-    """Batches of this process from the sampler's start, decoded by `dataloader_num_workers` processes."""
+
+def make_dataloader(
+    pairs: Mixture, config: PretrainConfig, image_size: int, collator: Collator, sampler: PairSampler
+) -> DataLoader:
+    """Return a loader of this process's batches, from the sampler's first step on.
+
+    `config.dataloader_num_workers` processes decode the images.
+    """
     return DataLoader(
-        PairDataset(pairs, arguments, image_size),
+        PairDataset(pairs, config, image_size),
         batch_sampler=sampler,
         collate_fn=collator,
-        num_workers=arguments.dataloader_num_workers,
+        num_workers=config.dataloader_num_workers,
         pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if arguments.dataloader_num_workers else None,
-        generator=torch.Generator(),  # else iterating draws from the generator that a checkpoint restores
+        prefetch_factor=4 if config.dataloader_num_workers else None,
+        generator=torch.Generator(),  # otherwise iterating draws from the global generator, which checkpoints restore
     )

@@ -2,71 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from modeling_amorlip.cli_amorlip import UserError
-from training.config import PretrainConfig
+from training.config import DataConfig
 from training.data.pairs import Pairs
 from training.data.remote import expand
-from training.data.tables import TABLES, TablePairs, _load_table
+from training.data.tables import TABLE_LOADERS, TablePairs, load_table
 from training.data.webdataset import TarPairs
 
 
-def open_pairs(arguments: PretrainConfig) -> Mixture:
-    """Everything that `train_data` names, parts divided by `::`.
+def open_pairs(config: DataConfig) -> Mixture:
+    """Open every source that `train_data` names; `::` separates them.
 
     Raises:
-        UserError: a source that does not exist, cannot be read, holds no pair or lacks a column.
+        UserError: a source does not exist, cannot be read, holds no pair or lacks a column.
     """
-    names = [name for name in arguments.train_data.split("::") if name]
-    weights = arguments.train_data_weights
+    names = [name for name in config.train_data.split("::") if name]
+    weights = config.train_data_weights
     if weights and len(weights) != len(names):
         raise UserError(f"train_data_weights has {len(weights)} values for {len(names)} sources in train_data.")
-    return Mixture([_open(name, arguments) for name in names])
+    return Mixture([open_source(name, config) for name in names])
 
 
-@dataclass
+def open_source(source: str, config: DataConfig) -> Pairs:
+    """Open one source: tars, or whatever `datasets` reads.
+
+    Raises:
+        UserError: see `open_pairs`.
+    """
+    files = expand(source)
+    if files and all(name.endswith(".tar") for name in files):
+        return TarPairs(files, source, config)
+    if len(files) > 1 or files != [source]:
+        suffixes = {Path(name).suffix for name in files}
+        if len(suffixes) != 1 or not suffixes <= set(TABLE_LOADERS):
+            raise UserError(f"train_data {source}: files must be all .tar or all of one of {', '.join(TABLE_LOADERS)}.")
+    return TablePairs(load_table(source, files, config.train_split), source, config)
+
+
 class Mixture:
-    """Several sources, one after the other, as one."""
+    """The pairs of several sources, one source after the other.
 
-    parts: list[Pairs]
+    Args:
+        parts: the sources, in order.
+    """
 
-    def __post_init__(self):
+    def __init__(self, parts: Sequence[Pairs]):
+        self.parts = list(parts)
         self.starts = np.cumsum([0, *map(len, self.parts)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def _find(self, index: int) -> tuple[Pairs, int]:
-        part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.parts[part], index - int(self.starts[part])
-
     def __getitem__(self, index: int) -> dict[str, Any]:
-        part, position = self._find(index)
+        part, position = self._locate(index)
         return part[position]
 
     def describe(self, index: int) -> tuple[str, str]:
-        part, position = self._find(index)
+        """Return the key of a pair and the file that holds it, for messages."""
+        part, position = self._locate(index)
         return part.describe(position)
 
     def captions(self) -> Iterator[str]:
+        """Iterate over all captions that are text."""
         return (caption for part in self.parts for caption in part.captions())
 
-    def column(self, name: str) -> list:
+    def column(self, name: str) -> list[Any]:
+        """Return the values of a column, one per pair."""
         return [value for part in self.parts for value in part.column(name)]
 
-
-def _open(source: str, arguments: PretrainConfig) -> Pairs:
-    found = expand(source)
-    if found and all(name.endswith(".tar") for name in found):
-        return TarPairs(found, source, arguments)
-    if len(found) > 1 or found != [source]:
-        kinds = {Path(name).suffix for name in found}
-        if len(kinds) != 1 or not kinds <= set(TABLES):
-            raise UserError(f"train_data {source}: files must be all .tar or all of one of {', '.join(TABLES)}.")
-    return TablePairs(_load_table(source, found, arguments.train_split), source, arguments)
+    def _locate(self, index: int) -> tuple[Pairs, int]:
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.parts[part], index - int(self.starts[part])

@@ -1,9 +1,10 @@
-"""The order of an epoch's pairs, and how processes share it."""
+"""The order of an epoch's pairs, and the share that each process takes of it."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -14,29 +15,34 @@ from training.data.mixture import Mixture
 
 
 class EpochOrder:
-    """epoch -> the indices of its pairs, in order: int array [len(self)].
+    """Map an epoch to the indices of its pairs, in order (int64 [len(self)]).
 
-    `shuffle` "samples" mixes all pairs; "shards" puts whole shards in random order and mixes pairs within
-    `shuffle_buffer`, which reads files nearly from beginning to end; "none" leaves them as they lie. With
-    `samples_per_epoch` or weights each source is gone through again and again, and an epoch is that many pairs of it.
+    With `shuffle: samples`, all pairs are shuffled. With `shuffle: shards`, the shards are shuffled and then the pairs
+    within windows of `shuffle_buffer`, which reads files nearly sequentially. With `shuffle: none`, pairs keep their
+    order. With `samples_per_epoch` or `train_data_weights`, each source is passed through repeatedly and an epoch takes
+    the next pairs of each.
 
     Args:
-        left_out: indices that never come.
+        pairs: the sources and their shards.
+        config: shuffling, weights and seed.
+        excluded: indices that never occur.
     """
 
-    def __init__(self, pairs: Mixture, arguments: PretrainConfig, left_out: np.ndarray | tuple = ()):
-        self.arguments, start = arguments, 0
-        self.sources = []  # of each source its shards, as ranges of indices
+    def __init__(self, pairs: Mixture, config: PretrainConfig, excluded: np.ndarray | Sequence[int] = ()):
+        self.config = config
+        self.sources: list[list[np.ndarray]] = []  # the indices of each shard of each source
+        start = 0
         for part in pairs.parts:
             ends = start + np.cumsum([0, *part.shard_sizes])
             shards = [np.arange(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
-            self.sources.append([np.setdiff1d(shard, left_out, assume_unique=True) for shard in shards])
+            self.sources.append([np.setdiff1d(shard, excluded, assume_unique=True) for shard in shards])
             start = int(ends[-1])
         sizes = [sum(map(len, shards)) for shards in self.sources]
-        self.length, self.counts = sum(sizes), None
-        if arguments.samples_per_epoch or arguments.train_data_weights:
-            shares = np.array(arguments.train_data_weights or sizes, float)
-            cuts = np.cumsum(shares / shares.sum()) * (arguments.samples_per_epoch or self.length)
+        self.length = sum(sizes)
+        self.counts: np.ndarray | None = None  # pairs per epoch of each source
+        if config.samples_per_epoch or config.train_data_weights:
+            shares = np.array(config.train_data_weights or sizes, float)
+            cuts = np.cumsum(shares / shares.sum()) * (config.samples_per_epoch or self.length)
             self.counts = np.diff(np.rint(cuts).astype(int), prepend=0)
             self.length = int(self.counts.sum())
 
@@ -44,56 +50,67 @@ class EpochOrder:
         return self.length
 
     def __call__(self, epoch: int) -> np.ndarray:
-        generator = np.random.default_rng([self.arguments.seed, epoch])
+        generator = np.random.default_rng([self.config.seed, epoch])
         if self.counts is None:
-            return self._pass([shard for shards in self.sources for shard in shards], generator)
-        parts = []
-        for number, (shards, count) in enumerate(zip(self.sources, self.counts, strict=True)):
-            size = sum(map(len, shards))
-            first, skipped = divmod(epoch * int(count), size)
-            passes = range(first, first + -(-(skipped + int(count)) // size))
-            seeds = ([self.arguments.seed, 1 + number, p] for p in passes)
-            parts.append(
-                np.concatenate([self._pass(shards, np.random.default_rng(seed)) for seed in seeds] or [shards[0][:0]])[
-                    skipped : skipped + count
-                ]
-            )
-        order = np.concatenate(parts)
-        return order if self.arguments.shuffle == "none" else generator.permutation(order)
+            return self._order_pass([shard for shards in self.sources for shard in shards], generator)
+        order = np.concatenate([self._take(number, epoch) for number in range(len(self.sources))])
+        return order if self.config.shuffle == "none" else generator.permutation(order)
 
-    def _pass(self, shards: list[np.ndarray], generator: np.random.Generator) -> np.ndarray:
-        if self.arguments.shuffle == "shards":
+    def _take(self, number: int, epoch: int) -> np.ndarray:
+        """Return the pairs that an epoch takes of a source, which is passed through again and again."""
+        assert self.counts is not None
+        shards, count = self.sources[number], int(self.counts[number])
+        size = sum(map(len, shards))
+        first, skipped = divmod(epoch * count, size)
+        passes = [
+            self._order_pass(shards, np.random.default_rng([self.config.seed, 1 + number, first + i]))
+            for i in range(-(-(skipped + count) // size))
+        ]
+        return np.concatenate(passes or [shards[0][:0]])[skipped : skipped + count]
+
+    def _order_pass(self, shards: list[np.ndarray], generator: np.random.Generator) -> np.ndarray:
+        """Return the indices of shards in the order of one pass."""
+        if self.config.shuffle == "shards":
             shards = [shards[i] for i in generator.permutation(len(shards))]
         order = np.concatenate(shards)
-        if self.arguments.shuffle == "samples":
+        if self.config.shuffle == "samples":
             return generator.permutation(order)
-        if self.arguments.shuffle == "shards":
-            window = np.arange(len(order)) // self.arguments.shuffle_buffer
+        if self.config.shuffle == "shards":
+            window = np.arange(len(order)) // self.config.shuffle_buffer
             return order[np.argsort(window + generator.random(len(order)))]
         return order
 
 
 class PairSampler(Sampler):
-    """Yields this process's share of every global batch as lists of (epoch, index), endlessly from `start_step`.
+    """Yield this process's share of every global batch as lists of (epoch, index), without end.
 
-    An epoch drops what does not fill a batch. Pairs with an equal `groups` value are kept out of each other's batches
-    as far as that is possible.
+    The last pairs of an epoch, which do not fill a global batch, are dropped. Pairs with equal `groups` values are kept
+    out of each other's batches as far as possible.
 
     Args:
-        order: epoch -> indices [length].
+        order: maps an epoch to indices [length].
+        length: pairs per epoch.
+        batch_size: pairs per process and step.
+        num_processes: number of processes.
+        process_index: rank of this process.
+        groups: a value per pair; None allows any pairs in a batch.
+        start_step: step to start at.
+
+    Raises:
+        UserError: an epoch does not fill one global batch.
     """
 
     def __init__(
         self,
         order: Callable[[int], np.ndarray],
-        length,
-        batch_size,
-        num_processes,
-        process_index,
-        groups=None,
-        start_step=0,
+        length: int,
+        batch_size: int,
+        num_processes: int,
+        process_index: int,
+        groups: Sequence[Any] | None = None,
+        start_step: int = 0,
     ):
-        self.order, self.batch_size, self.groups = order, batch_size, groups
+        self.order, self.groups = order, groups
         self.global_batch_size = batch_size * num_processes
         self.share = slice(process_index * batch_size, (process_index + 1) * batch_size)
         self.steps_per_epoch = length // self.global_batch_size
@@ -104,32 +121,40 @@ class PairSampler(Sampler):
                 f"({batch_size} x {num_processes} processes): lower per_device_train_batch_size."
             )
 
-    def batches(self, epoch: int) -> Iterator[list[int]]:
-        """The epoch's global batches."""
-        order, size = self.order(epoch), self.global_batch_size
-        if self.groups is None:
-            for i in range(self.steps_per_epoch):
-                yield order[i * size : (i + 1) * size].tolist()
-            return
-        waiting = deque(order.tolist())
-        for _ in range(self.steps_per_epoch):
-            batch, met, deferred = [], set(), []
-            while waiting and len(batch) < size:
-                index = waiting.popleft()
-                if self.groups[index] in met:
-                    deferred.append(index)
-                else:
-                    met.add(self.groups[index])
-                    batch.append(index)
-            shortfall = size - len(batch)
-            batch += deferred[:shortfall]
-            waiting.extendleft(reversed(deferred[shortfall:]))
-            yield batch
-
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, position = divmod(self.start_step, self.steps_per_epoch)
         while True:
-            for i, batch in enumerate(self.batches(epoch)):
-                if i >= position:
+            for step, batch in enumerate(self.batches(epoch)):
+                if step >= position:
                     yield [(epoch, index) for index in batch[self.share]]
             epoch, position = epoch + 1, 0
+
+    def batches(self, epoch: int) -> Iterator[list[int]]:
+        """Iterate over the global batches of an epoch."""
+        order, size = self.order(epoch), self.global_batch_size
+        if self.groups is not None:
+            yield from self._grouped_batches(order, self.groups)
+            return
+        for step in range(self.steps_per_epoch):
+            yield order[step * size : (step + 1) * size].tolist()
+
+    def _grouped_batches(self, order: np.ndarray, groups: Sequence[Any]) -> Iterator[list[int]]:
+        """Iterate over batches in which a group occurs once, unless too few pairs remain.
+
+        A pair whose group already occurs in the batch is deferred to the next batch, where it comes first.
+        """
+        waiting = deque(order.tolist())
+        for _ in range(self.steps_per_epoch):
+            batch: list[int] = []
+            batch_groups, deferred = set(), []
+            while waiting and len(batch) < self.global_batch_size:
+                index = waiting.popleft()
+                if groups[index] in batch_groups:
+                    deferred.append(index)
+                else:
+                    batch_groups.add(groups[index])
+                    batch.append(index)
+            shortfall = self.global_batch_size - len(batch)
+            batch += deferred[:shortfall]
+            waiting.extendleft(reversed(deferred[shortfall:]))
+            yield batch

@@ -1,4 +1,4 @@
-"""Image-text pairs of tables and folders, through `datasets`."""
+"""Image-text pairs of tables and folders, read through `datasets`."""
 
 from __future__ import annotations
 
@@ -10,45 +10,37 @@ from typing import Any
 import datasets
 
 from modeling_amorlip.cli_amorlip import UserError
-from training.config import PretrainConfig
+from training.config import DataConfig
 from training.data.pairs import Pairs
 
 
-TEXT = ("string", "large_string")
-
-
-TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+TABLE_LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+TEXT_TYPES = ("string", "large_string")
 
 
 class TablePairs(Pairs):
-    """Rows of a `datasets` table."""
+    """The rows of a `datasets` table.
 
-    def __init__(self, rows: datasets.Dataset, source: str, arguments: PretrainConfig):
-        self.source, self.rows, self.shard_sizes = source, rows, [len(rows)]
-        self.caption_column = arguments.caption_column
+    Args:
+        rows: the table.
+        source: the entry of `train_data` that names it.
+        config: names of columns.
+
+    Raises:
+        UserError: the table has no rows, a column is missing, or captions are not text.
+    """
+
+    def __init__(self, rows: datasets.Dataset, source: str, config: DataConfig):
         if len(rows) == 0:
             raise UserError(f"train_data {source} has no rows.")
-        columns = rows.column_names
-        if {"filepath", "title"} <= set(columns):  # open_clip's names
-            self.rows = rows = rows.rename_columns(
-                {old: new for old, new in (("filepath", "image"), ("title", "caption")) if new not in columns}
-            )
-        fields = ("image_column", "caption_column", "alternative_captions_column", "keywords_column", "group_column")
-        for field in fields:
-            column = getattr(arguments, field)
-            if column is not None and column not in rows.column_names:
-                raise UserError(f"{field} {column!r} is not in {source}; its columns: {rows.column_names}.")
-        for column in arguments.further_caption_columns:
-            if column not in rows.column_names:
-                raise UserError(
-                    f"further_caption_columns: {column!r} is not in {source}; its columns: {rows.column_names}."
-                )
-        if (kind := _dtype(rows, self.caption_column)) not in TEXT:
-            column = f"caption_column {self.caption_column!r} of {source}"
-            raise UserError(f"{column} is {kind}; every caption must be text.")
-        self.image_column, self.folder = arguments.image_column, Path(source).parent
-        if _dtype(rows, self.image_column) not in TEXT:
-            self.rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
+        self.source, self.shard_sizes = source, [len(rows)]
+        self.caption_column, self.image_column = config.caption_column, config.image_column
+        self.folder = Path(source).parent
+        rows = _rename_open_clip_columns(rows)
+        _check_columns(rows, source, config)
+        if _type_name(rows, self.image_column) not in TEXT_TYPES:
+            rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
+        self.rows = rows
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
@@ -56,7 +48,7 @@ class TablePairs(Pairs):
         if isinstance(image, dict):
             image = image["path"] if image.get("bytes") is None else image["bytes"]
         if isinstance(image, str) and not os.path.isabs(image) and not os.path.exists(image):
-            image = str(self.folder / image)  # a table's paths may be relative to it
+            image = str(self.folder / image)  # paths may be relative to the table
         return {**row, self.image_column: image}
 
     def describe(self, index: int) -> tuple[str, str]:
@@ -65,36 +57,75 @@ class TablePairs(Pairs):
     def captions(self) -> Iterator[str]:
         return (text for text in self.rows[self.caption_column] if isinstance(text, str))
 
-    def column(self, name: str) -> list:
+    def column(self, name: str) -> list[Any]:
         return self.rows[name]
 
 
-def _dtype(rows: datasets.Dataset, column: str) -> str:
-    return getattr(rows.features[column], "dtype", "struct")
+def load_table(source: str, files: list[str], split: str) -> datasets.Dataset:
+    """Load a table of files, a saved data set, an image folder or a data set of the Hub.
 
+    Args:
+        source: the entry of `train_data`.
+        files: the files that it stands for.
+        split: the split to load.
 
-def _load_table(source: str, files: list[str], split: str) -> datasets.Dataset:
-    path, options = Path(source), {"split": split}
+    Raises:
+        UserError: the source does not exist, cannot be read or has no rows.
+    """
     try:
-        if files != [source] or path.is_file():
-            suffix = Path(files[0]).suffix
-            if suffix not in TABLES:
-                raise UserError(f"train_data {source}: unknown kind of file; use .tar or one of {', '.join(TABLES)}.")
-            if suffix == ".tsv":
-                options["sep"] = "\t"
-            return datasets.load_dataset(TABLES[suffix], data_files={split: files}, **options)
-        if path.is_dir() and (path / "dataset_info.json").exists():
-            return datasets.load_from_disk(source)
-        if path.is_dir():
-            if not any(path.iterdir()):
-                raise UserError(f"train_data {source} is an empty folder.")
-            return datasets.load_dataset(source, **options)
-        if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.suffix:
+        if files != [source] or Path(source).is_file():
+            return _load_files(source, files, split)
+        if Path(source).is_dir():
+            return _load_folder(source, split)
+        if Path(source).is_absolute() or source.startswith(".") or source.count("/") != 1 or Path(source).suffix:
             raise UserError(f"train_data {source}: there is no such file or folder.")
-        return datasets.load_dataset(source, **options)
+        return datasets.load_dataset(source, split=split)
     except UserError:
         raise
-    except Exception as error:  # datasets raises many kinds; the user needs the source and the reason
+    except Exception as error:  # datasets raises many kinds
         if "corresponds to no data" in str(error):
             raise UserError(f"train_data {source} has no rows.") from None
         raise UserError(f"train_data {source} (split {split!r}) cannot be read: {error}") from None
+
+
+def _load_files(source: str, files: list[str], split: str) -> datasets.Dataset:
+    suffix = Path(files[0]).suffix
+    if suffix not in TABLE_LOADERS:
+        raise UserError(f"train_data {source}: unknown kind of file; use .tar or one of {', '.join(TABLE_LOADERS)}.")
+    options = {"sep": "\t"} if suffix == ".tsv" else {}
+    return datasets.load_dataset(TABLE_LOADERS[suffix], data_files={split: files}, split=split, **options)
+
+
+def _load_folder(source: str, split: str) -> datasets.Dataset:
+    folder = Path(source)
+    if (folder / "dataset_info.json").exists():
+        return datasets.load_from_disk(source)
+    if not any(folder.iterdir()):
+        raise UserError(f"train_data {source} is an empty folder.")
+    return datasets.load_dataset(source, split=split)
+
+
+def _rename_open_clip_columns(rows: datasets.Dataset) -> datasets.Dataset:
+    """Rename `filepath` and `title`, the columns of open_clip's tables, to `image` and `caption`."""
+    columns = rows.column_names
+    if not {"filepath", "title"} <= set(columns):
+        return rows
+    names = {"filepath": "image", "title": "caption"}
+    return rows.rename_columns({old: new for old, new in names.items() if new not in columns})
+
+
+def _check_columns(rows: datasets.Dataset, source: str, config: DataConfig) -> None:
+    """Raise `UserError` for a column that the configuration names and the table lacks, and for captions of no text."""
+    fields = ("image_column", "caption_column", "alternative_captions_column", "keywords_column", "group_column")
+    columns = [(field, getattr(config, field)) for field in fields]
+    columns += [("further_caption_columns", name) for name in config.further_caption_columns]
+    for field, column in columns:
+        if column is not None and column not in rows.column_names:
+            raise UserError(f"{field} {column!r} is not in {source}; its columns: {rows.column_names}.")
+    if (type_name := _type_name(rows, config.caption_column)) not in TEXT_TYPES:
+        column = f"caption_column {config.caption_column!r} of {source}"
+        raise UserError(f"{column} is {type_name}; every caption must be text.")
+
+
+def _type_name(rows: datasets.Dataset, column: str) -> str:
+    return getattr(rows.features[column], "dtype", "struct")

@@ -1,9 +1,10 @@
-"""From a file's bytes to training pixels: guarded opening, one resampling from crop to size, augmentation."""
+"""Crop, resize and augment training images."""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
@@ -11,31 +12,33 @@ from PIL.JpegImagePlugin import JpegImageFile
 from training.config import AugmentationConfig
 
 
-def augment(image: Image.Image, size: int, settings: AugmentationConfig, generator: random.Random) -> Image.Image:
-    """Crop, resize (one bicubic resampling), move, mirror and recolour; returns an RGB image of size x size pixels."""
-    image = _crop(image, size, _crop_box(image.size, settings, generator)).convert("RGB")
-    zoom = math.exp(generator.uniform(*map(math.log, settings.zoom)))
-    angle = math.radians(generator.uniform(-settings.rotation, settings.rotation))
-    shift = [size * generator.uniform(-settings.translation, settings.translation) for _ in range(2)]
-    if (zoom, angle, *shift) != (1, 0, 0, 0):
-        # Output pixel (x, y) is read at centre + R (x, y - centre - shift) / zoom.
-        cos, sin, centre = math.cos(angle) / zoom, math.sin(angle) / zoom, size / 2
-        x, y = centre + shift[0], centre + shift[1]
-        matrix = (cos, -sin, centre - cos * x + sin * y, sin, cos, centre - sin * x - cos * y)
-        border = image.getpixel((0, 0))
-        image = image.transform(
-            (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=border
-        )
-    if generator.random() < settings.horizontal_flip:
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom edge in pixels."""
+
+
+def augment(image: Image.Image, size: int, config: AugmentationConfig, generator: random.Random) -> Image.Image:
+    """Crop, resize, move, flip and recolor an image; return an RGB image of size x size pixels.
+
+    The crop is resized by a single bicubic resampling.
+
+    Args:
+        image: an image that is not decoded yet, or any RGB, L or CMYK image.
+        size: height and width of the result.
+        config: ranges and probabilities of the augmentations.
+        generator: source of all random numbers.
+    """
+    image = _resize_crop(image, size, _draw_crop(image.size, config, generator)).convert("RGB")
+    image = _move(image, config, generator)
+    if generator.random() < config.horizontal_flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if settings.color_jitter:
-        image = image.convert("RGB", _color_matrix(settings.color_jitter, generator))
-    if generator.random() < settings.restyle:
+    if config.color_jitter:
+        image = image.convert("RGB", _draw_color_matrix(config.color_jitter, generator))
+    if generator.random() < config.restyle:
         image = generator.choice(RESTYLES)(image)
     return image
 
 
-RESTYLES = (
+RESTYLES: tuple[Callable[[Image.Image], Image.Image], ...] = (
     ImageOps.autocontrast,
     ImageOps.equalize,
     ImageOps.invert,
@@ -45,31 +48,52 @@ RESTYLES = (
     lambda image: image.filter(ImageFilter.EDGE_ENHANCE_MORE),
     lambda image: ImageChops.multiply(image, image.filter(ImageFilter.CONTOUR)),
 )
-"""Other ways to draw the same thing: tones, colours, sharpness and outlines."""
+"""Changes of tone, color, sharpness and outline that keep the subject."""
 
 
-def _crop(image: Image.Image, size: int, box: tuple[float, float, float, float]) -> Image.Image:
-    """The box as size x size pixels, with its file's own colours."""
-    if isinstance(image, JpegImageFile):
-        # Decode at the smallest eighth that still has a pixel for each that is wanted.
-        full, (left, top, right, bottom) = image.size, box
-        image.draft(None, (math.ceil(full[0] * size / (right - left)), math.ceil(full[1] * size / (bottom - top))))
-        box = tuple(edge * image.size[i % 2] / full[i % 2] for i, edge in enumerate(box))
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3)
-
-
-def _crop_box(image_size, settings: AugmentationConfig, generator: random.Random) -> tuple[float, float, float, float]:
-    """A box of random area and shape inside the image (Inception's RandomResizedCrop)."""
+def _draw_crop(image_size: tuple[int, int], config: AugmentationConfig, generator: random.Random) -> Box:
+    """Draw a box of random area, aspect ratio and position inside the image (RandomResizedCrop)."""
     width, height = image_size
-    area = width * height * generator.uniform(*settings.crop_scale)
-    ratio = math.exp(generator.uniform(*map(math.log, settings.crop_ratio)))
+    area = width * height * generator.uniform(*config.crop_scale)
+    ratio = math.exp(generator.uniform(*map(math.log, config.crop_ratio)))
     w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
     left, top = generator.uniform(0, width - w), generator.uniform(0, height - h)
     return left, top, min(left + w, width), min(top + h, height)
 
 
-def _color_matrix(strength: float, generator: random.Random) -> tuple[float, ...]:
-    """Brightness, contrast about mid-grey and saturation as one 3 x 4 matrix on RGB."""
+def _resize_crop(image: Image.Image, size: int, box: Box) -> Image.Image:
+    """Return the box as size x size pixels, in the color mode of the image."""
+    if isinstance(image, JpegImageFile):
+        # libjpeg decodes at 1/2, 1/4 or 1/8 for free: use the smallest that has a pixel for each output pixel.
+        (width, height), (left, top, right, bottom) = image.size, box
+        image.draft(None, (math.ceil(width * size / (right - left)), math.ceil(height * size / (bottom - top))))
+        box = (
+            left * image.width / width,
+            top * image.height / height,
+            right * image.width / width,
+            bottom * image.height / height,
+        )
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3)
+
+
+def _move(image: Image.Image, config: AugmentationConfig, generator: random.Random) -> Image.Image:
+    """Zoom, rotate and shift a square image at random; its upper left pixel fills what becomes visible."""
+    size = image.width
+    zoom = math.exp(generator.uniform(*map(math.log, config.zoom)))
+    angle = math.radians(generator.uniform(-config.rotation, config.rotation))
+    shift = [size * generator.uniform(-config.translation, config.translation) for _ in range(2)]
+    if (zoom, angle, *shift) == (1, 0, 0, 0):
+        return image
+    # Output pixel (x, y) shows the input at center + R (x, y - center - shift) / zoom.
+    cos, sin, center = math.cos(angle) / zoom, math.sin(angle) / zoom, size / 2
+    x, y = center + shift[0], center + shift[1]
+    matrix = (cos, -sin, center - cos * x + sin * y, sin, cos, center - sin * x - cos * y)
+    border = image.getpixel((0, 0))
+    return image.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=border)
+
+
+def _draw_color_matrix(strength: float, generator: random.Random) -> tuple[float, ...]:
+    """Draw changes of brightness, contrast (about middle gray) and saturation as one 3 x 4 matrix on RGB."""
     brightness, contrast, saturation = (generator.uniform(1 - strength, 1 + strength) for _ in range(3))
     luma, gain = (0.299, 0.587, 0.114), brightness * contrast
     offset = 128 * (1 - contrast)
