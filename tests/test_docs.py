@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
+import dataclasses
 import importlib
 import re
 import sys
@@ -13,16 +13,16 @@ import pytest
 import yaml
 
 from tests.helpers.checkout import ROOT
+from tests.helpers.commands import check_command
 from tests.helpers.documents import DOCUMENTS, Block, read_anchors, read_blocks, read_links, read_paths, split_commands
+from training.config import PretrainConfig
 
 
 README = ROOT / "README.md"
-OTHER_PROGRAMS = {".", "bash", "cffconvert", "cp", "git", "hf", "mypy", "pre-commit", "ruff"}
-"""Programs whose arguments are not the project's."""
+GUIDES = [README, *sorted(ROOT.glob("docs/*.md"))]
 NOT_HERE = ("facebook/", "outputs/lora", "mteb", 'demo_data/emoji"', "amorlip/emoji-demo", "{{ repo_id }}")
 """What a Python block needs that a test does not have: such a block is compiled and not run."""
 FIRST_PARTY = ("modeling_amorlip", "eval", "training")
-PLACEHOLDERS = {"RECIPE.yaml": "training/recipes/emoji_demo.yaml"}
 SHELL = [pytest.param(block, id=str(block)) for block in read_blocks("bash")]
 PYTHON = [pytest.param(block, id=str(block)) for block in read_blocks("python")]
 RUN = {
@@ -30,10 +30,6 @@ RUN = {
     "docs/evaluation.md": ("python eval/run.py --model outputs/emoji_demo --tasks emoji_openmoji",),
 }
 """Commands that are executed as they stand, by document and beginning."""
-
-
-class _ParsedError(BaseException):
-    """Ends a command line once its arguments are parsed."""
 
 
 @pytest.fixture
@@ -47,107 +43,6 @@ def checkout(tiny_model, emoji_files, tmp_path, monkeypatch):
     (tmp_path / "photo.jpg").symlink_to(min((emoji_files / "even").iterdir()))
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def check_arguments(module: str, arguments: list[str], monkeypatch) -> None:
-    """Parse arguments by a script's own parser and stop there."""
-    original = argparse.ArgumentParser.parse_args
-
-    def parse_args(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        raise _ParsedError
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-    monkeypatch.setattr(sys, "argv", [module, *arguments])
-    with pytest.raises(_ParsedError):
-        importlib.import_module(module).main()
-
-
-def check_pretrain(arguments: list[str]) -> None:
-    from training.config import parse_config
-
-    if arguments == ["--help"]:
-        return
-    config = parse_config([PLACEHOLDERS.get(argument, argument) for argument in arguments])
-    if "--objective_args" in arguments:
-        given = yaml.safe_load(arguments[arguments.index("--objective_args") + 1])
-        assert config.objective_args == given, "the recipe's own options are replaced, not merged"
-
-
-def check_python(arguments: list[str], monkeypatch) -> None:
-    if arguments[0] == "-c":
-        compile(arguments[1], "<command>", "exec")
-        return
-    if arguments[0] == "-m":
-        module, arguments = arguments[1], arguments[2:]
-        if module == "pytest":
-            check_pytest(arguments)
-            return
-        if module == "venv":
-            return
-    else:
-        path, arguments = Path(arguments[0]), arguments[1:]
-        assert (ROOT / path).is_file(), path
-        module = ".".join(path.with_suffix("").parts)
-    if module == "training.pretrain":
-        check_pretrain(arguments)
-    elif module == "eval.apps.clip_benchmark_models" or module.startswith("demo_data."):
-        pass  # parsed by a library that is not installed, and a script without arguments
-    else:
-        check_arguments(module, arguments, monkeypatch)
-
-
-def check_pytest(arguments: list[str]) -> None:
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for argument in arguments:
-        if argument.startswith("tests/"):
-            assert (ROOT / argument).exists(), argument
-    if "-m" in arguments:
-        for marker in re.findall(r"(?!not\b|and\b|or\b)\b\w+", arguments[arguments.index("-m") + 1]):
-            assert f'"{marker}:' in project, f"unknown marker {marker}"
-
-
-def check_pip(arguments: list[str]) -> None:
-    packaging = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("setup.py", "pyproject.toml"))
-    for argument in arguments:
-        if match := re.fullmatch(r"\.\[([\w,]+)\]", argument):
-            for extra in match[1].split(","):
-                assert re.search(rf'^\s*"?{extra}"?\s*[:=]\s*\[', packaging, re.MULTILINE), f"unknown extra {extra}"
-
-
-def check_launcher(program: str, arguments: list[str], monkeypatch) -> None:
-    """Parse the launcher's options by its own parser, then those of the script that it starts."""
-    if program == "torchrun":
-        from torch.distributed.run import get_args_parser
-
-        launched = get_args_parser().parse_args(arguments)
-        check_python([launched.training_script, *launched.training_script_args], monkeypatch)
-        return
-    from accelerate.commands.launch import launch_command_parser
-
-    assert arguments[0] == "launch", arguments
-    launched = launch_command_parser().parse_args(arguments[1:])
-    assert launched.config_file is None or (ROOT / launched.config_file).is_file(), launched.config_file
-    check_python([launched.training_script, *launched.training_script_args], monkeypatch)
-
-
-def check_command(command: list[str], monkeypatch) -> None:
-    program, arguments = Path(command[0]).name or command[0], command[1:]
-    if program in ("python", "python3"):
-        check_python(arguments, monkeypatch)
-    elif program in ("accelerate", "torchrun"):
-        check_launcher(program, arguments, monkeypatch)
-    elif program == "srun":
-        # The nested command line is its last word. SLURM's variables stand for numbers and names here.
-        nested = re.sub(r"\$\([^)]*\)", "host", arguments[-1])
-        for inner in split_commands(nested.replace("$SLURM_NODEID", "0")):
-            check_command(inner, monkeypatch)
-    elif program == "pip":
-        check_pip(arguments)
-    elif program == "pytest":
-        check_pytest(arguments)
-    else:
-        assert program in OTHER_PROGRAMS or command[0] in OTHER_PROGRAMS, f"{program} is checked by no test"
 
 
 @pytest.mark.parametrize("block", SHELL)
@@ -201,6 +96,17 @@ def test_links_and_paths_exist(document: Path):
     if document.name != "CHANGELOG.md":  # it names files that have moved
         broken += sorted(name for name in read_paths(document) if not any(ROOT.glob(name.rstrip("/"))))
     assert not broken
+
+
+@pytest.mark.parametrize("document", GUIDES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_options_in_the_text_exist(document: Path):
+    """Options in inline code are fields of a training run or options of a script."""
+    fields = {field.name for field in dataclasses.fields(PretrainConfig)}
+    sources = "".join(path.read_text() for floor in FIRST_PARTY for path in (ROOT / floor).rglob("*.py"))
+    text = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    options = {option for code in re.findall(r"`([^`]+)`", text) for option in re.findall(r"--([a-z]\w*)", code)}
+    unknown = {name for name in options - fields - {"help", "cpu", "signal"} if f'"--{name}"' not in sources}
+    assert not unknown
 
 
 def test_readme_is_short():
