@@ -153,6 +153,17 @@ def test_amorlip_options_are_documented():
     }
 
 
+def test_task_groups_are_documented():
+    from eval.tasks import AGGREGATES, known_tasks
+
+    section = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8").partition("## Tasks and groups")[2]
+    table, _, rest = section.partition("\n\nEach task")
+    groups = {group for task in known_tasks().values() for group in task.groups if not group.startswith("vtab_")}
+    rows = re.findall(r"^\| (`.+?) \|", table, re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == groups
+    assert all(f"`{name}`" in rest for name in AGGREGATES)
+
+
 def test_citation_names_the_authors():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors", "license"} <= set(citation)
