@@ -20,6 +20,7 @@ setup(
         "train": [
             "accelerate>=1.10",  # devices, precision, processes, trackers
             "datasets>=4.0",  # any source of pairs
+            "jsonargparse>=4.53",  # settings from recipes and the command line
             "pillow",  # decoding and augmentation
             "pyyaml",  # recipes
             "tokenizers",  # training a BPE on the captions

@@ -46,7 +46,7 @@ def measure(folder: Path, tasks: list[Task], calibrated: list[str], batch_size: 
         values, sizes[task] = {"cosine": entry["metrics"], **entry["scoring"]}, entry["num_samples"]
         result["tasks"][task.name] = {name: metrics[task.main_metric]["value"] for name, metrics in values.items()}
 
-    recipe = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))["arguments"]
+    recipe = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))
     rows = datasets.load_dataset("parquet", data_files=recipe["train_data"], split="train")
     x = encode_images(model, processor, (row[recipe["image_column"]] for row in rows))
     y = encode_texts(model, processor, list(rows[recipe["caption_column"]]))
@@ -73,7 +73,7 @@ def measure(folder: Path, tasks: list[Task], calibrated: list[str], batch_size: 
 
 def _curve(folder: Path, tasks: list[Task]) -> list[dict]:
     """[{"samples_seen", task: main metric, ...}, ...] of the evaluations that training did."""
-    config = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))["arguments"]
+    config = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))
     file, points = folder / "eval.jsonl", {}
     for line in _lines(file) if file.exists() else []:
         found = {(r["task"], r["metric"]): r["value"] for r in line["results"]}
