@@ -30,9 +30,10 @@ def read_run(folder: Path) -> tuple[str, int, dict[str, float]]:
     for name in ("run_config.yaml", "eval.jsonl"):
         if not (folder / name).is_file() or not (folder / name).stat().st_size:
             raise UserError(f"{folder} is not a finished and evaluated training run: its {name} is missing or empty.")
-    arguments = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))["arguments"]
+    settings = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))
+    settings = settings.get("arguments", settings)  # earlier versions wrote settings under a key
     last = (folder / "eval.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-    return arguments["objective"], arguments["seed"], {r["metric"]: r["value"] for r in json.loads(last)["results"]}
+    return settings["objective"], settings["seed"], {r["metric"]: r["value"] for r in json.loads(last)["results"]}
 
 
 def compare(folders: list[Path], metrics: list[str]) -> str:

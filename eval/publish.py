@@ -161,7 +161,8 @@ def make_card(folder: Path, repo_id: str, rows: list[Row], aggregates: list[tupl
                     size *= length
                 parameters += size
     run_config = folder / "run_config.yaml"
-    arguments = yaml.safe_load(run_config.read_text(encoding="utf-8"))["arguments"] if run_config.is_file() else {}
+    arguments = yaml.safe_load(run_config.read_text(encoding="utf-8")) if run_config.is_file() else {}
+    arguments = arguments.get("arguments", arguments)  # earlier versions wrote settings under a key
     settings = [(key, arguments[key]) for key in SETTINGS if arguments.get(key) not in (None, {}, "")]
     # A local path says nothing to others, and may say more than its owner wants.
     settings = [(k, Path(v).name if k == "train_data" and Path(str(v)).is_absolute() else v) for k, v in settings]
@@ -225,7 +226,8 @@ def _files(folder: Path, results: Path | None) -> dict[str, str | bytes]:
     if "run_config.yaml" in files:
         config = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))
         for key in ("output_dir", "train_data"):
-            config["arguments"][key] = Path(config["arguments"][key]).name
+            settings = config.get("arguments", config)
+            settings[key] = Path(settings[key]).name
         files["run_config.yaml"] = yaml.safe_dump(config, sort_keys=False).encode()
     return files
 

@@ -252,9 +252,9 @@ def test_convolutions_are_adapted_and_statistics_kept():
     [
         ({"rank": 0}, "lora.rank must be at least 1, got 0"),
         ({"alpha": 0.0}, "lora.alpha must be above 0"),
-        ({"dropout": 1.0}, "lora.dropout must lie in 0 to below 1"),
+        ({"dropout": 1.0}, "lora.dropout must be at least 0 and below 1"),
         ({"target_modules": []}, "lora.target_modules is empty"),
-        ({"target_modules": "q_proj"}, "lora.target_modules must be list"),
+        ({"target_modules": "q_proj"}, "lora.target_modules must be a list"),
         ({"rnk": 4}, "did you mean lora.rank?"),
     ],
 )

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 import modeling_amorlip  # noqa: F401
 from tests.helpers.checkout import ROOT, pretrain, with_threads
 from tests.helpers.runs import assert_same_weights, read_metrics
-from training.config import AugmentationConfig, PretrainConfig, parse_config
+from training.config import AugmentationConfig, parse_config
 from training.data.order import PairSampler
 from training.data.transforms import augment
 
@@ -130,11 +130,8 @@ def _without_dropout():
         (["--train_data", "/nowhere/pairs.parquet"], "there is no such file or folder"),
         (["--caption_column", "captoin"], "its columns: ['image', 'caption'"),
         (["--objective", "amorlipp"], "did you mean amorlip?"),
-        (["--learning_rat", "1"], "did you mean learning_rate?"),
         (["--objective_args.onlin_steps", "1"], "did you mean objective_args.online_steps?"),
-        (["--augmentation.rotatoin", "1"], "did you mean augmentation.rotation?"),
-        (["--learning_rate", "fast"], "learning_rate must be float, got 'fast'"),
-        (["--objective_args.beta", "half"], "objective_args.beta must be float, got 'half'"),
+        (["--objective_args.beta", "half"], "objective_args.beta must be a number, got 'half'"),
         (["--objective_args.positive_weight", "-1e-8"], "positive_weight must be at least 0, got -1e-08"),
         (["--vision_config.patch_size", "7"], "image_size 28 or 35"),
         (["--vision_config.model_type", "clop"], "vision_config.model_type is 'clop'"),
@@ -143,11 +140,9 @@ def _without_dropout():
         (["--resume_from_checkpoint", "latest"], "does not exist"),
         (["--per_device_train_batch_size", "101"], "do not fill one batch"),
         (["--warmup_steps", "500"], "warmup_steps (500)"),
-        (["--eval_every", "5"], "eval_tasks is empty"),
         (["--eval_tasks", "[emoji_openmojo]"], "did you mean emoji_openmoji?"),
         (["--tokenizer", "/nowhere"], "tokenizer /nowhere cannot be loaded"),
         (["--output_dir", "LICENSE"], "is a file"),
-        (["--micro_batch_size", "-1"], "micro_batch_size must be at least 0"),
         (["--objective_args.amortization", "mse"], "amortization is 'mse'; choose one of"),
         (["--objective", "neuclip", "--objective_args", "{}", "--amortizer_config.head_type", "queue"], "prototypes"),
         (["--micro_batch_size", "4", "--vision_config", str(RESNET)], "batch normalisation"),
@@ -241,13 +236,6 @@ def test_augmentation_is_a_function_of_its_seed(demo_rows):
     assert first.size == (40, 40) and first.tobytes() == again.tobytes() != other.tobytes()
     unchanged = AugmentationConfig(crop_scale=[1, 1], crop_ratio=[1, 1])
     assert augment(image, 48, unchanged, random.Random(0)).tobytes() == image.tobytes()
-
-
-def test_a_recipe_needs_its_two_paths():
-    from modeling_amorlip.cli_amorlip import UserError
-
-    with pytest.raises(UserError, match="train_data is not set"):
-        PretrainConfig(output_dir="x")
 
 
 def test_sharded_models_are_refused(recipe, monkeypatch):

@@ -81,7 +81,7 @@ class Guards:
         """A sentence on a loss far above those logged before, which is also listed with its batch; else None."""
         if self.losses is None:
             before = [json.loads(line)["loss"] for line in self.logbook.lines("metrics")]
-            self.losses = deque(filter(math.isfinite, before), MOST_LOSSES)
+            self.losses = deque((loss for loss in before if loss is not None and math.isfinite(loss)), MOST_LOSSES)
         loss, usual = logged["loss"], list(self.losses)
         if not math.isfinite(loss):
             return None  # the step was skipped, which is counted
