@@ -1,8 +1,8 @@
 """Passes over tiles of the logits l_ij = s <x_i, y_j> + b, and the autograd functions made from them.
 
-Two kinds of pass serve every objective. `log_sum_exps` accumulates the log-sum-exps of both directions in one reading of
-the logits. `exponential_pass` and `sigmoid_pass` turn a tile into the derivatives of a sum over pairs with respect to
-its logits, and so into a value and all gradients at once. None holds more than one `tile_size` x `tile_size` block, so
+Two kinds of pass serve every objective. `log_sum_exps` accumulates the log-sum-exps of both directions in one reading
+of the logits. `exponential_pass` and `sigmoid_pass` turn a tile into the derivatives of a sum over pairs with
+respect to its logits, and so into a value and all gradients at once. None holds more than one tile of logits, so
 memory is O(N d). For half-precision embeddings on a GPU, Triton computes the blocks (`kernels_amorlip`). Rows are this
 rank's images, columns the texts that they are compared with; the positive of row i is column i + `offset`.
 """
@@ -81,10 +81,11 @@ def exponential_pass(
     tile_size: int,
     pull: float = 0.0,
 ) -> PassResult:
-    """Sum w_ij = m_ij (u_i exp(l_ij - a_i) + v_j exp(l_ij - b_j)) over all pairs, less `pull` times the positive logits.
+    """Sum w_ij over all pairs, less `pull` times the positive logits.
 
-    m is `positive_weight` on the diagonal and 1 elsewhere, a and b are the shifts, u and v the coefficients ([n] and
-    [N], or []). The gradients come from the same pass, since dw/dl = w.
+    w_ij = m_ij (u_i exp(l_ij - a_i) + v_j exp(l_ij - b_j)), where m is `positive_weight` on the diagonal and 1
+    elsewhere, a and b are the shifts, and u and v the coefficients ([n] and [N], or []). The gradients come from the
+    same pass, since dw/dl = w.
     """
     weigh = _ExponentialWeights(
         rows,
