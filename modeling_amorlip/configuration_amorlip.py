@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -108,9 +110,10 @@ class AmorLIPConfig(PreTrainedConfig):
     model_type = "amorlip"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "amortizer_config": AmorLIPAmortizerConfig}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    amortizer_config: dict | PreTrainedConfig | None = None
+    # Dictionaries, configurations or None; configurations once the object is made.
+    vision_config: Any = None
+    text_config: Any = None
+    amortizer_config: Any = None
     vision_pooling: str | None = None
     text_pooling: str | None = None
     projection_dim: int = 512
