@@ -20,6 +20,9 @@ class AmorLIPAmortizer(nn.Module):
     on detached embeddings.
     """
 
+    image_head: AmortizerHead
+    text_head: AmortizerHead
+
     def __init__(self, config: AmorLIPConfig):
         super().__init__()
         head_class = HEADS[config.amortizer_config.head_type]
@@ -37,14 +40,15 @@ class AmorLIPAmortizer(nn.Module):
 
         None stays None. The residual MLP has learned scale and bias with the rest; other heads use the given ones.
         """
-        device = (text_embeds if image_embeds is None else image_embeds).device
+        device = next(embeds.device for embeds in (image_embeds, text_embeds) if embeds is not None)
         with torch.autocast(device.type, enabled=False):
             scale = torch.as_tensor(logit_scale, device=device).detach().float()
             bias = 0.0 if logit_bias is None else logit_bias.detach().float()
-            return tuple(
-                None if embeds is None else head(embeds.detach().float(), scale, bias)
-                for head, embeds in ((self.image_head, image_embeds), (self.text_head, text_embeds))
-            )
+
+            def predict(head: AmortizerHead, embeds: Tensor | None) -> Tensor | None:
+                return None if embeds is None else head(embeds.detach().float(), scale, bias)
+
+            return predict(self.image_head, image_embeds), predict(self.text_head, text_embeds)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -70,7 +74,19 @@ class AmorLIPAmortizer(nn.Module):
         self.text_head.ring.push(image_embeds.detach().float())
 
 
-class ResidualMLPHead(nn.Module):
+class AmortizerHead(nn.Module):
+    """A map from embeddings [N, d], logit scale [] and bias [] to log-partitions [N]."""
+
+    ring: EmbeddingRing  # of heads that collect embeddings
+
+    def reset_parameters(self) -> None:
+        """Initialize what is learned again."""
+
+    def start_at(self, target: Tensor, prediction: Tensor) -> None:
+        """Move a fresh head from its mean prediction [] to its mean target []."""
+
+
+class ResidualMLPHead(AmortizerHead):
     """The paper's three-layer residual MLP: [N, d] -> [N]."""
 
     def __init__(self, embed_dim: int, config: AmorLIPAmortizerConfig):
@@ -88,17 +104,20 @@ class ResidualMLPHead(nn.Module):
         return _linear(self.out, torch.relu(hidden + embeds)).squeeze(-1)
 
     def reset_parameters(self) -> None:
-        for module in self.children():
-            module.reset_parameters()
+        for layer in (self.fc1, self.norm1, self.fc2, self.norm2, self.out):
+            layer.reset_parameters()
 
     def start_at(self, target: Tensor, prediction: Tensor) -> None:
         # A fresh MLP predicts about 0. Taking its mean off too would leave the bias a gradient of 0 but for rounding,
         # which Adam would blow up to full steps of random sign.
-        self.out.bias += target
+        self.out.bias.add_(target)
 
 
 class EmbeddingRing(nn.Module):
     """The last `size` embeddings of a modality; full after the first batch, with repetitions if it is smaller."""
+
+    embeds: Tensor
+    count: Tensor
 
     def __init__(self, size: int, embed_dim: int):
         super().__init__()
@@ -117,7 +136,7 @@ class EmbeddingRing(nn.Module):
         self.count += number
 
 
-class QueueHead(nn.Module):
+class QueueHead(AmortizerHead):
     """log mean_q exp(s <x, y_q> + b) over the last embeddings y_q of the other modality; nothing is learned."""
 
     def __init__(self, embed_dim: int, config: AmorLIPAmortizerConfig):
@@ -127,14 +146,8 @@ class QueueHead(nn.Module):
     def forward(self, embeds: Tensor, scale: Tensor, bias: Tensor | float) -> Tensor:
         return _log_mean_exp(scale * embeds @ self.ring.embeds.float().T) + bias
 
-    def reset_parameters(self) -> None:
-        pass
 
-    def start_at(self, target: Tensor, prediction: Tensor) -> None:
-        pass
-
-
-class PrototypeHead(nn.Module):
+class PrototypeHead(AmortizerHead):
     """log mean_m exp(s <x, w_m / |w_m|> + b): the form of the true partition, over learned prototypes w (NeuCLIP)."""
 
     def __init__(self, embed_dim: int, config: AmorLIPAmortizerConfig):
@@ -149,17 +162,16 @@ class PrototypeHead(nn.Module):
         """Replace the prototypes by the embeddings seen last."""
         self.prototypes.copy_(self.ring.embeds)
 
-    def start_at(self, target: Tensor, prediction: Tensor) -> None:
-        pass
 
-
-class RandomFeaturesHead(nn.Module):
+class RandomFeaturesHead(AmortizerHead):
     """
     Linear in positive random features, as Proposition 1 states it: log <phi(x), v>.
 
     exp(s <x, y>) = E_w[phi_w(x) phi_w(y)] with w ~ N(0, I) and phi_w(x) = exp(sqrt(s) <w, x> - s / 2) on unit vectors,
     so the partition is linear in phi(x), with v = E_y[phi(y)] / size, learned as its logarithm.
     """
+
+    frequencies: Tensor
 
     def __init__(self, embed_dim: int, config: AmorLIPAmortizerConfig):
         super().__init__()
@@ -177,7 +189,7 @@ class RandomFeaturesHead(nn.Module):
         self.log_weights.zero_()
 
     def start_at(self, target: Tensor, prediction: Tensor) -> None:
-        self.log_weights += target - prediction
+        self.log_weights.add_(target - prediction)
 
 
 def infonce_loss(logits: Tensor, log_partition_per_image: Tensor, log_partition_per_text: Tensor) -> Tensor:
@@ -233,5 +245,3 @@ HEADS = {
     "random_features": RandomFeaturesHead,
     "queue": QueueHead,
 }
-
-__all__ = ["AmorLIPAmortizer", "infonce_loss", "init_head_weights"]

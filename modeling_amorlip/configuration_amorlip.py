@@ -198,5 +198,3 @@ def _text_pooling(config: PreTrainedConfig) -> str:
 
 # Here rather than in the package, which a folder loaded with trust_remote_code does not have.
 AutoConfig.register("amorlip_resnet", AmorLIPResNetConfig, exist_ok=True)
-
-__all__ = ["AmorLIPAmortizerConfig", "AmorLIPConfig", "AmorLIPResNetConfig"]

@@ -180,7 +180,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
     # Schedules often save learning rates as NumPy numbers, which are data too.
     scalar = np.float64().__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-    numbers = [*((scalar, name) for name in names), np.dtype, type(np.dtype(np.float64))]
+    numbers: list[Any] = [*((scalar, name) for name in names), np.dtype, type(np.dtype(np.float64))]
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -136,7 +136,7 @@ class Embedder:
             ValueError: there are no inputs, or one is neither a text nor an image.
         """
         is_single = isinstance(inputs, str | Image.Image) or isinstance(inputs, Mapping) and not _is_batch(inputs)
-        entries = [inputs] if is_single or isinstance(inputs, Mapping) else inputs
+        entries: Iterable = [inputs] if isinstance(inputs, str | Image.Image | Mapping) else inputs
         rows = [row for entry in entries for row in _rows(entry)]
         if not rows:
             raise ValueError("encode was given nothing to encode.")

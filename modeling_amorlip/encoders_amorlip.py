@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from transformers import (
     SiglipTextModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
 
 from .configuration_amorlip import AmorLIPConfig
 from .resnet_amorlip import AmorLIPResNetModel
@@ -80,16 +80,14 @@ def pooled_size(config: AmorLIPConfig, side: str) -> int:
 
 def load_encoder(source: str | os.PathLike | PreTrainedModel, side: str) -> PreTrainedModel:
     """
-    Load a trained encoder in float32.
-
-    Args:
-        source: a folder, a name on the Hub or a model. A dual encoder such as CLIP gives its tower of that side.
-        side: `"vision"` or `"text"`.
+    Load a trained `"vision"` or `"text"` encoder in float32 from a folder or a name on the Hub, or take a model. A dual
+    encoder such as CLIP gives its tower of that side.
     """
-    if not isinstance(source, PreTrainedModel):
-        config = AutoConfig.from_pretrained(source)
-        source = _encoder_class(config).from_pretrained(source, dtype=torch.float32)
-    return getattr(source, f"{side}_model", source)
+    if isinstance(source, PreTrainedModel):
+        model = source
+    else:
+        model = _encoder_class(AutoConfig.from_pretrained(source)).from_pretrained(source, dtype=torch.float32)
+    return getattr(model, f"{side}_model", model)
 
 
 def copy_weights(source: PreTrainedModel, encoder: PreTrainedModel, side: str) -> None:
@@ -146,22 +144,18 @@ def _input_dtype(encoder: PreTrainedModel) -> torch.dtype:
     if not getattr(encoder, "_is_replica", False):
         return encoder.dtype
     # A replica of DataParallel has no parameters, and keeps its copies of them in a dictionary beside.
-    copies = (copy for module in encoder.modules() for copy in module._former_parameters.values())
+    copies = (copy for module in encoder.modules() for copy in vars(module)["_former_parameters"].values())
     return next(copy.dtype for copy in copies if copy.is_floating_point())
 
 
 def pool(
-    outputs: ModelOutput, pooling: str, attention_mask: Tensor | None = None, is_end: Tensor | None = None
+    outputs: Any, pooling: str | None, attention_mask: Tensor | None = None, is_end: Tensor | None = None
 ) -> Tensor:
     """
-    Pool to one vector per sample, [N, width].
+    Pool an encoder's outputs to one vector per sample, [N, width]; `pooling` is as in [`AmorLIPConfig`].
 
-    Args:
-        outputs: of the encoder; `last_hidden_state` is [N, length, width], or feature maps [N, width, ...].
-        pooling: `"pooler"`, the encoder's own `pooler_output`; `"cls"`, the first token; `"mean"` over the attended
-            tokens; `"last"`, the last attended token; `"eos"`, the first end-of-text token, or the last without one.
-        attention_mask: [N, length], 1 for tokens; without it all are.
-        is_end: [N, length], true at end-of-text tokens; for `"eos"`.
+    `last_hidden_state` is [N, length, width], or feature maps [N, width, ...]; `attention_mask` [N, length] has 1 for
+    tokens; `is_end` [N, length] is true at ends of text, of which `"eos"` takes the first, or else the last token.
 
     Raises:
         ValueError: the encoder gives no `pooler_output`, or feature maps where tokens are needed.
@@ -183,13 +177,13 @@ def pool(
         weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weights).sum(1) / weights.sum(1)
     position = (attention_mask * torch.arange(1, hidden.shape[1] + 1, device=hidden.device)).argmax(1)
-    if pooling == "eos":
+    if pooling == "eos" and is_end is not None:
         is_end = is_end & (attention_mask != 0)
         position = torch.where(is_end.any(1), is_end.int().argmax(1), position)
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), position]
 
 
-def pad_right(attention_mask: Tensor, *tokens: Tensor | None) -> tuple[Tensor | None, ...]:
+def pad_right(attention_mask: Tensor, *tokens: Tensor | None) -> tuple[Any, ...]:
     """
     Roll the rows of a mask and of what belongs to it, [T, length] each, until padding on the left is on the right.
 
@@ -203,7 +197,7 @@ def pad_right(attention_mask: Tensor, *tokens: Tensor | None) -> tuple[Tensor | 
     return tuple(None if rows is None else rows.gather(1, order) for rows in (attention_mask, *tokens))
 
 
-def _with_pooling(outputs: ModelOutput, pooled: Tensor) -> BaseModelOutputWithPooling:
+def _with_pooling(outputs: Any, pooled: Tensor) -> BaseModelOutputWithPooling:
     return BaseModelOutputWithPooling(
         last_hidden_state=outputs.last_hidden_state,
         pooler_output=pooled,
@@ -212,7 +206,7 @@ def _with_pooling(outputs: ModelOutput, pooled: Tensor) -> BaseModelOutputWithPo
     )
 
 
-def _encoder_class(config: PreTrainedConfig) -> type:
+def _encoder_class(config: PreTrainedConfig) -> Any:
     # AutoModelForTextEncoding gives the encoder alone of an encoder-decoder such as T5.
     auto = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
     return ENCODERS.get(config.model_type, auto)

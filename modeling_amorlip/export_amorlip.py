@@ -97,6 +97,7 @@ def export(
                 dynamo=True,
                 verbose=False,
             )
+            assert exported is not None  # as torch.onnx.export promises with dynamo
             exported.save(path)
         paths.append(path)
     return paths

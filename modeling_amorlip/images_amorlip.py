@@ -63,8 +63,9 @@ def open_image(source: bytes | str | Path | Image.Image, max_pixels: int | None 
     """
     if max_pixels is not None:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow itself raises for twice as many while it opens
-    image = source
-    if not isinstance(image, Image.Image):
+    if isinstance(source, Image.Image):
+        image = source
+    else:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     if max_pixels is not None and image.width * image.height > max_pixels:
         raise ValueError(f"{image.width} x {image.height} pixels are more than max_image_pixels {max_pixels}")
@@ -152,8 +153,8 @@ def _convert_deep_gray(image: Image.Image) -> Image.Image:
 
 
 def _convert_lab(image: Image.Image) -> Image.Image:
-    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    lab, srgb = (ImageCms.ImageCmsProfile(ImageCms.createProfile(name)) for name in ("LAB", "sRGB"))
+    return ImageCms.ImageCmsTransform(lab, srgb, "LAB", "RGB").apply(image)
 
 
 def _with_alpha(image: Image.Image) -> Image.Image:

@@ -64,7 +64,7 @@ def log_partitions(
         ValueError: the shapes differ, `positive_weight` is negative or `negatives` is unknown.
     """
     tile_size = _check_pairs(image_embeds, text_embeds, positive_weight, tile_size)
-    image_embeds, text_embeds, gathered_texts = _in_autocast_dtype(image_embeds, text_embeds, gathered_texts)
+    image_embeds, text_embeds = _in_autocast_dtype(image_embeds), _in_autocast_dtype(text_embeds)
     scale, bias = _as_scalars(image_embeds, logit_scale, logit_bias)
     columns, offset = _columns(text_embeds, negatives, gathered_texts)
     return LogPartitions.apply(image_embeds, text_embeds, scale, bias, columns, offset, positive_weight, tile_size)
@@ -129,7 +129,7 @@ def amortized_contrastive_loss(
         Others as in `log_partitions`.
     """
     tile_size = _check_pairs(image_embeds, text_embeds, positive_weight, tile_size)
-    image_embeds, text_embeds, gathered_texts = _in_autocast_dtype(image_embeds, text_embeds, gathered_texts)
+    image_embeds, text_embeds = _in_autocast_dtype(image_embeds), _in_autocast_dtype(text_embeds)
     scale, bias = _as_scalars(image_embeds, logit_scale, logit_bias)
     _check_log_partitions(image_embeds, log_partition_image=log_partition_image, log_partition_text=log_partition_text)
     columns, offset = _columns(text_embeds, negatives, gathered_texts)
@@ -250,7 +250,7 @@ def gather_texts(text_embeds: Tensor, negatives: Negatives) -> Tensor | None:
 
 def _columns(text_embeds: Tensor, negatives: Negatives, gathered: Tensor | None) -> tuple[Tensor | None, int]:
     """Return (gathered texts or None, column of this rank's first text)."""
-    columns = gather_texts(text_embeds, negatives) if gathered is None else gathered
+    columns = gather_texts(text_embeds, negatives) if gathered is None else _in_autocast_dtype(gathered)
     return columns, 0 if columns is None else first_row(len(text_embeds))
 
 
@@ -282,13 +282,12 @@ def _resolve_tile_size(embeds: Tensor, tile_size: int | None) -> int:
     return tile_size
 
 
-def _in_autocast_dtype(*embeds: Tensor | None) -> tuple[Tensor | None, ...]:
+def _in_autocast_dtype(embeds: Tensor) -> Tensor:
     """Under autocast, cast float32 embeddings to its dtype where there are kernels for it."""
-    device = embeds[0].device
-    if not (torch.is_autocast_enabled(device.type) and kernels_run_on(device)):
+    device = embeds.device
+    if embeds.dtype != torch.float32 or not (torch.is_autocast_enabled(device.type) and kernels_run_on(device)):
         return embeds
-    dtype = torch.get_autocast_dtype(device.type)
-    return tuple(e.to(dtype) if e is not None and e.dtype == torch.float32 else e for e in embeds)
+    return embeds.to(torch.get_autocast_dtype(device.type))
 
 
 def _exp(value: Tensor) -> Tensor:

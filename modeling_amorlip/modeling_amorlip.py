@@ -48,16 +48,17 @@ class AmorLIPOutput(ModelOutput):
     vision_model_output: BaseModelOutputWithPooling | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
 
-    def to_tuple(self) -> tuple[Any]:
+    def to_tuple(self) -> tuple[Any, ...]:
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 class AmorLIPPreTrainedModel(PreTrainedModel):
     """Weight initialization, loading and saving of AmorLIP's models; the encoders initialize themselves."""
 
+    config: AmorLIPConfig
     config_class = AmorLIPConfig
     base_model_prefix = "amorlip"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     # The losses are means over a batch, which Trainer has to divide by its number of accumulation steps.
     accepts_loss_kwargs = False
@@ -99,7 +100,7 @@ class AmorLIPPreTrainedModel(PreTrainedModel):
                     init.normal_(projection.weight, std=projection.in_features**-0.5)
             if isinstance(module, AmorLIPModel):
                 init.constant_(module.logit_scale, self.config.logit_scale_init_value)
-                if module.logit_bias is not None:
+                if self.config.logit_bias_init_value is not None:
                     init.constant_(module.logit_bias, self.config.logit_bias_init_value)
         else:
             init_head_weights(module)
@@ -110,7 +111,7 @@ class AmorLIPPreTrainedModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self._embedding_encoder().set_input_embeddings(value)
 
-    def _embedding_encoder(self) -> PreTrainedModel:
+    def _embedding_encoder(self) -> Any:
         return self.text_model if hasattr(self, "text_model") else self.vision_model
 
     def save_pretrained(self, *args, **kwargs):
@@ -166,9 +167,7 @@ class AmorLIPModel(AmorLIPPreTrainedModel):
         Args:
             vision, text: a folder or a name on the Hub, whose weights are loaded; a `PreTrainedModel`, whose weights
                 are copied; or a configuration, for fresh weights. A dual encoder (CLIP, SigLIP) gives its tower.
-            freeze: `"vision"`, `"text"` or both: encoders to leave as they are; see `freeze`.
-            config: other fields of [`AmorLIPConfig`], among them `vision_pooling` and `text_pooling`, which default to
-                what suits the encoders.
+            freeze: encoders to exclude from training, see `freeze`. config: other fields of [`AmorLIPConfig`].
         """
         encoders = {}
         for side, source in (("vision", vision), ("text", text)):
@@ -177,7 +176,7 @@ class AmorLIPModel(AmorLIPPreTrainedModel):
             config[f"{side}_config"] = copy.deepcopy(getattr(source, "config", source))
         model = cls(AmorLIPConfig(**config))
         for side, encoder in encoders.items():
-            copy_weights(encoder, model.get_submodule(f"{side}_model"), side)
+            copy_weights(encoder, getattr(model, f"{side}_model"), side)
         return model.freeze(*freeze)
 
     def freeze(self, *sides: str) -> AmorLIPModel:
@@ -227,11 +226,7 @@ class AmorLIPModel(AmorLIPPreTrainedModel):
             input_ids, attention_mask, token_type_ids: [T, length]. pixel_values: [I, channels, height, width].
             return_loss: also return InfoNCE over the batch; needs I = T, pairs in the same order.
         """
-        given = {"input_ids": input_ids, "pixel_values": pixel_values}
-        missing = [name for name, value in given.items() if value is None]
-        if len(missing) == 2 or missing and return_loss:
-            needs = "A loss needs images and texts" if return_loss else "There is nothing to embed"
-            raise ValueError(f"{needs}: {' and '.join(missing)} is None.")
+        _check_inputs(input_ids, pixel_values, return_loss)
         vision_outputs = text_outputs = image_embeds = text_embeds = logits = loss = None
         if pixel_values is not None:
             vision_outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
@@ -244,15 +239,14 @@ class AmorLIPModel(AmorLIPPreTrainedModel):
         with torch.autocast(self.logit_scale.device.type, enabled=False):
             scale, bias = self.logit_scale.float().exp(), None if self.logit_bias is None else self.logit_bias.float()
             log_partitions = self.amortizer(image_embeds, text_embeds, scale, bias)
-            if not missing:
+            if image_embeds is not None and text_embeds is not None:
                 logits = scale * image_embeds.float() @ text_embeds.float().T.to(image_embeds.device)
                 logits = logits if bias is None else logits + bias
-            if return_loss:
-                loss = infonce_loss(logits, *log_partitions)
+                loss = infonce_loss(logits, *log_partitions) if return_loss else None
         return AmorLIPOutput(
             loss=loss,
             logits_per_image=logits,
-            logits_per_text=None if missing else logits.T,
+            logits_per_text=None if logits is None else logits.T,
             image_embeds=image_embeds,
             text_embeds=text_embeds,
             log_partition_per_image=log_partitions[0],
@@ -264,23 +258,30 @@ class AmorLIPModel(AmorLIPPreTrainedModel):
     @staticmethod
     def log_prob_per_image(outputs: AmorLIPOutput) -> Tensor:
         """
-        Return log P(text | image) / P(text) = l_ij - log lambda_i as [I, T] nats: scores comparable between images.
-
-        A positive value says that the pair is likelier than chance, whatever other candidates there are.
+        Return log P(text | image) / P(text) = l_ij - log lambda_i as [I, T] nats, comparable between images: a positive
+        value says that the pair is likelier than chance, whatever other candidates there are.
         """
-        return outputs.logits_per_image - outputs.log_partition_per_image[:, None]
+        return outputs["logits_per_image"] - outputs["log_partition_per_image"][:, None]
 
     @staticmethod
     def log_prob_per_text(outputs: AmorLIPOutput) -> Tensor:
         """Return log P(image | text) / P(image) as [T, I] nats; see `log_prob_per_image`."""
-        return outputs.logits_per_text - outputs.log_partition_per_text[:, None]
+        return outputs["logits_per_text"] - outputs["log_partition_per_text"][:, None]
+
+
+def _check_inputs(input_ids: Tensor | None, pixel_values: Tensor | None, return_loss: bool | None) -> None:
+    given = {"input_ids": input_ids, "pixel_values": pixel_values}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 2 or missing and return_loss:
+        needs = "A loss needs images and texts" if return_loss else "There is nothing to embed"
+        raise ValueError(f"{needs}: {' and '.join(missing)} is None.")
 
 
 class AmorLIPVisionModelWithProjection(AmorLIPPreTrainedModel):
     """The images' half of an [`AmorLIPModel`], loaded from the same folder: half the memory."""
 
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     _keys_to_ignore_on_load_unexpected = ["text_model", "text_projection", "logit_", "amortizer"]
 
     def __init__(self, config: AmorLIPConfig):
@@ -300,7 +301,7 @@ class AmorLIPVisionModelWithProjection(AmorLIPPreTrainedModel):
 class AmorLIPTextModelWithProjection(AmorLIPPreTrainedModel):
     """The texts' half of an [`AmorLIPModel`], loaded from the same folder: half the memory."""
 
-    input_modalities = ("text",)
+    input_modalities = ["text"]
     _keys_to_ignore_on_load_unexpected = ["vision_model", "visual_projection", "logit_", "amortizer"]
 
     def __init__(self, config: AmorLIPConfig):
@@ -321,13 +322,13 @@ class AmorLIPForImageClassification(AmorLIPPreTrainedModel):
     """The image encoder under a linear classifier; loads from an [`AmorLIPModel`]'s folder or its own."""
 
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     _keys_to_ignore_on_load_unexpected = ["text_model", "_projection", "logit_", "amortizer"]
 
     def __init__(self, config: AmorLIPConfig):
         super().__init__(config)
         self.vision_model = build_encoder(config, "vision")
-        self.classifier = nn.Linear(pooled_size(config, "vision"), config.num_labels)
+        self.classifier = nn.Linear(pooled_size(config, "vision"), config.num_labels or 0)
         self.post_init()
 
     @can_return_tuple
@@ -347,13 +348,3 @@ AUTO_CLASSES = {
     "AutoModelForZeroShotImageClassification": "AmorLIPModel",
     "AutoModelForImageClassification": "AmorLIPForImageClassification",
 }
-
-__all__ = [
-    "AmorLIPAmortizer",
-    "AmorLIPForImageClassification",
-    "AmorLIPModel",
-    "AmorLIPOutput",
-    "AmorLIPPreTrainedModel",
-    "AmorLIPTextModelWithProjection",
-    "AmorLIPVisionModelWithProjection",
-]

@@ -199,7 +199,7 @@ def open_clip_config(model: AmorLIPModel, processor=None) -> dict:
     # OpenCLIP reads texts at their highest token, CLIP's end of text; in old checkpoints that is eos_token_id 2.
     if text.eos_token_id not in (2, text.vocab_size - 1):
         text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
-    preprocess_cfg = {"interpolation": "bicubic", "resize_mode": "shortest"}
+    preprocess_cfg: dict[str, Any] = {"interpolation": "bicubic", "resize_mode": "shortest"}
     if processor is not None:
         text_cfg["hf_tokenizer_name"] = "."  # OpenCLIP looks into the folder itself
         preprocess_cfg |= {name: list(getattr(processor.image_processor, f"image_{name}")) for name in ("mean", "std")}

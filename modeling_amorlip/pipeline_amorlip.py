@@ -29,22 +29,17 @@ class AmorLIPZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipe
     was trained, and a model with a logit bias, trained with a sigmoid loss, scores every label by itself.
     """
 
-    def preprocess(
-        self,
-        image,
-        candidate_labels=None,
-        hypothesis_template="This is a photo of {}.",
-        timeout=None,
-        tokenizer_kwargs=None,
-    ):
-        arguments = image, candidate_labels, hypothesis_template, timeout, tokenizer_kwargs
+    def preprocess(self, image, candidate_labels=None, hypothesis_template="This is a photo of {}.", **options):
         if self.model.config.model_type != "amorlip":
-            return super().preprocess(*arguments)
-        inputs = self.image_processor(images=[load_image(image, timeout=timeout)], return_tensors="pt").to(self.dtype)
+            return super().preprocess(image, candidate_labels, hypothesis_template, **options)
+        image = load_image(image, timeout=options.get("timeout"))
+        inputs = self.image_processor(images=[image], return_tensors="pt").to(self.dtype)
         texts = [hypothesis_template.format(label) for label in candidate_labels]
-        tokens = tokenize_texts(self.tokenizer, self.model.config.text_config, texts, **(tokenizer_kwargs or {}))
+        tokenizer_kwargs = options.get("tokenizer_kwargs") or {}
         inputs["candidate_labels"] = candidate_labels
-        inputs["text_inputs"] = [tokens]
+        inputs["text_inputs"] = [
+            tokenize_texts(self.tokenizer, self.model.config.text_config, texts, **tokenizer_kwargs)
+        ]
         return inputs
 
     def postprocess(self, model_outputs):

@@ -91,7 +91,7 @@ class AmorLIPResNetModel(PreTrainedModel):
     config_class = AmorLIPResNetConfig
     base_model_prefix = "amorlip_resnet"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["AmorLIPResNetBlock"]
@@ -112,7 +112,7 @@ class AmorLIPResNetModel(PreTrainedModel):
             for block in range(depth):
                 blocks.append(AmorLIPResNetBlock(in_channels, channels, 2 if index and not block else 1))
                 in_channels = 4 * channels
-            setattr(self, f"layer{index + 1}", nn.ModuleList(blocks))
+            self.add_module(f"layer{index + 1}", nn.ModuleList(blocks))
         self.attnpool = AmorLIPResNetAttentionPool(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -144,7 +144,7 @@ class AmorLIPResNetModel(PreTrainedModel):
         states = [hidden]
         checkpointing = self.gradient_checkpointing and self.training
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
+            for block in stage.children():
                 hidden = self._checkpointed(block, hidden) if checkpointing else block(hidden)
                 states.append(hidden)
         if output_hidden_states is None:
@@ -182,6 +182,3 @@ class AmorLIPResNetModel(PreTrainedModel):
             super()._init_weights(module)
             if isinstance(module, AmorLIPResNetLastNorm):
                 init.zeros_(module.weight)
-
-
-__all__ = ["AmorLIPResNetModel"]

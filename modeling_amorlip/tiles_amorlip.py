@@ -121,14 +121,14 @@ class _ExponentialWeights:
         self.a, self.b = shifts
         self.u, self.v = self.factors = coefficients
         self.log_weight, self.pull = _log(positive_weight), pull
-        self.fused, self.common = _has_kernels(rows), _common_shift(rows, columns, scale)
+        self.fused = _has_kernels(rows)
+        common = _common_shift(rows, columns, scale)
         # One exponential per pair instead of two: w = exp(l - k) (u exp(k - a) + v exp(k - b)). Whatever underflows in
         # the first factor is then below exp(-NEGLIGIBLE), however large the second.
-        self.one_exponential = (
-            self.common is not None and torch.minimum(self.a.min(), self.b.min()) > self.common + NEGLIGIBLE - UNDERFLOW
-        )
-        if self.one_exponential:
-            self.factors = self.u * (self.common - self.a).exp(), self.v * (self.common - self.b).exp()
+        self.common: float | None = None
+        if common is not None and torch.minimum(self.a.min(), self.b.min()) > common + NEGLIGIBLE - UNDERFLOW:
+            self.common = common
+            self.factors = self.u * (common - self.a).exp(), self.v * (common - self.b).exp()
 
     def __call__(self, r: slice, c: slice) -> Tile:
         weights, total = self._negatives(r, c)
@@ -147,7 +147,7 @@ class _ExponentialWeights:
             rows, columns = self.rows[r], self.columns[c]
             return kernels.exponential_weights(rows, columns, self.scale, self.a[r], self.b[c], u, v, shift)
         logits = _logits(self.rows[r], self.columns[c], self.scale)
-        if self.one_exponential:
+        if self.common is not None:
             weights = (logits.sub_(self.common) if self.common else logits).exp_().mul_(u[:, None] + v)
         else:
             weights = (logits - self.a[r, None]).exp_().mul_(u[:, None])
