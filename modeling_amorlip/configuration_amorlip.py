@@ -8,8 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-# `pipeline()` picks its class once it has read a configuration, before it loads the model: the import replaces it.
-from . import pipeline_amorlip  # noqa: F401
+from .pipeline_amorlip import register_pipeline
 
 
 POOLINGS = {"vision": ("pooler", "cls", "mean"), "text": ("pooler", "cls", "mean", "eos", "last")}
@@ -196,5 +195,7 @@ def _text_pooling(config: PreTrainedConfig) -> str:
     return "mean"
 
 
-# Here rather than in the package, which a folder loaded with trust_remote_code does not have.
+# Here rather than in the package, which a folder loaded with trust_remote_code does not have, or in the model, which
+# `pipeline()` loads only after it has looked up its class.
 AutoConfig.register("amorlip_resnet", AmorLIPResNetConfig, exist_ok=True)
+register_pipeline()

@@ -100,8 +100,8 @@ class AmorLIPPreTrainedModel(PreTrainedModel):
                     init.normal_(projection.weight, std=projection.in_features**-0.5)
             if isinstance(module, AmorLIPModel):
                 init.constant_(module.logit_scale, self.config.logit_scale_init_value)
-                if self.config.logit_bias_init_value is not None:
-                    init.constant_(module.logit_bias, self.config.logit_bias_init_value)
+                if module.logit_bias is not None:
+                    init.constant_(module.logit_bias, self.config.logit_bias_init_value or 0.0)
         else:
             init_head_weights(module)
 
@@ -123,21 +123,7 @@ class AmorLIPPreTrainedModel(PreTrainedModel):
 
 
 class AmorLIPModel(AmorLIPPreTrainedModel):
-    """
-    A CLIP-style dual encoder with amortized log-partitions.
-
-    Example:
-
-    ```python
-    >>> from transformers import AutoModel, AutoProcessor
-    >>> import modeling_amorlip  # registers the model with the Auto classes
-
-    >>> model = AutoModel.from_pretrained("outputs/emoji_demo")
-    >>> processor = AutoProcessor.from_pretrained("outputs/emoji_demo")
-    >>> inputs = processor(images=image, text=["a cat", "a dog"], padding=True, return_tensors="pt")
-    >>> outputs = model(**inputs)
-    >>> outputs.logits_per_image.softmax(-1)
-    ```"""
+    """A CLIP-style dual encoder with amortized log-partitions, called as Transformers' CLIP is."""
 
     def __init__(self, config: AmorLIPConfig):
         super().__init__(config)

@@ -80,8 +80,8 @@ def open_clip_architecture(weights: dict[str, Tensor], model_cfg: dict, hidden_a
     try:
         is_resnet = "visual.attnpool.c_proj.weight" in weights
         return {
-            "vision_config": _resnet(weights, vision_cfg) if is_resnet else _vit(weights, vision_cfg, hidden_act),
             "text_config": _text_encoder(weights, text_cfg, hidden_act),
+            "vision_config": _resnet(weights, vision_cfg) if is_resnet else _vit(weights, vision_cfg, hidden_act),
             "projection_dim": weights["text_projection"].shape[1],
         }
     except KeyError as error:

@@ -50,6 +50,9 @@ class AmorLIPZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipe
         return [{"score": score, "label": label} for score, label in ranked]
 
 
-# `pipeline()` looks the class up after it has read the configuration and before it loads the model. The entry is edited
-# rather than registered again, which would warn; other models are served as before.
-PIPELINE_REGISTRY.supported_tasks["zero-shot-image-classification"]["impl"] = AmorLIPZeroShotImageClassificationPipeline
+def register_pipeline() -> None:
+    """Let `pipeline("zero-shot-image-classification")` make this class, which serves other models as before."""
+    # The entry is edited, since registering it again would warn.
+    PIPELINE_REGISTRY.supported_tasks["zero-shot-image-classification"]["impl"] = (
+        AmorLIPZeroShotImageClassificationPipeline
+    )

@@ -143,8 +143,8 @@ class AmorLIPResNetModel(PreTrainedModel):
         hidden = self.avgpool(self.bn3(self.conv3(hidden)).relu())
         states = [hidden]
         checkpointing = self.gradient_checkpointing and self.training
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage.children():
+        for stage in ("layer1", "layer2", "layer3", "layer4"):
+            for block in self.get_submodule(stage).children():
                 hidden = self._checkpointed(block, hidden) if checkpointing else block(hidden)
                 states.append(hidden)
         if output_hidden_states is None:
@@ -156,7 +156,7 @@ class AmorLIPResNetModel(PreTrainedModel):
         )
         return outputs.to_tuple() if return_dict is False else outputs
 
-    def _checkpointed(self, block: AmorLIPResNetBlock, hidden: Tensor) -> Tensor:
+    def _checkpointed(self, block: nn.Module, hidden: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # which recomputes without side effects
             return self._gradient_checkpointing_func(block, hidden)
         passes = itertools.count()
