@@ -10,6 +10,7 @@ import yaml
 
 from eval.compare import mean_and_deviation
 from eval.plots import lines_with_bands, training_curves
+from eval.report import read_evaluations
 from eval.tasks import Task
 
 
@@ -43,8 +44,8 @@ def measure(folder: Path, tasks: list[Task], calibrated: list[str], batch_size: 
     result, sizes = {"tasks": {}, "curve": _curve(folder, tasks)}, {}
     for task in tasks:
         entry = evaluate_task(model, processor, task, scorings=("cosine", "gallery"), resamples=0)
-        values, sizes[task] = {"cosine": entry["metrics"], **entry["scoring"]}, entry["num_samples"]
-        result["tasks"][task.name] = {name: metrics[task.main_metric]["value"] for name, metrics in values.items()}
+        sizes[task] = entry.num_samples
+        result["tasks"][task.name] = {name: scores[task.main_metric].value for name, scores in entry.scores.items()}
 
     recipe = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))["arguments"]
     rows = datasets.load_dataset("parquet", data_files=recipe["train_data"], split="train")
@@ -75,10 +76,10 @@ def _curve(folder: Path, tasks: list[Task]) -> list[dict]:
     """[{"samples_seen", task: main metric, ...}, ...] of the evaluations that training did."""
     config = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))["arguments"]
     file, points = folder / "eval.jsonl", {}
-    for line in _lines(file) if file.exists() else []:
-        found = {(r["task"], r["metric"]): r["value"] for r in line["results"]}
-        values = {task.name: found[task.name, task.main_metric] for task in tasks}
-        points[line["step"]] = {"samples_seen": line["step"] * config["per_device_train_batch_size"], **values}
+    for line in read_evaluations(file) if file.exists() else []:
+        values = {result.task: result.metrics[result.main_metric].value for result in line.results}
+        values = {task.name: values[task.name] for task in tasks}
+        points[line.step] = {"samples_seen": line.step * config["per_device_train_batch_size"], **values}
     return list(points.values())
 
 
