@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from eval.plots import training_curves
 from eval.publish import publish
-from eval.report import print_table
+from eval.report import TaskResult, print_table
 from eval.runner import ProcessShard, evaluate
 from eval.tasks import load_task
 from modeling_amorlip.cli_amorlip import UserError
@@ -372,7 +372,7 @@ class Trainer:
             sheet = self.output_dir / f"{task.name}.png" if final else None
             results += evaluate(self.model, self.processor, task, share, sheet)
         if main and (results or len(line) > 1):
-            self.logbook.append("eval", line | {"results": results})
+            self.logbook.append("eval", line | {"results": [result.to_dict() for result in results]})
             print_table(results)
             if "validation_loss" in line:
                 print(f"validation loss {line['validation_loss']:.4f} at step {self.state.step}")
@@ -385,10 +385,9 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self._begin_interval()
 
-    def _keep_best(self, results: list[dict]) -> None:
+    def _keep_best(self, results: list[TaskResult]) -> None:
         """Saves the model in `best/` when the first task's main metric is higher than ever before."""
-        task = self.tasks[0]
-        value = next(r["value"] for r in results if (r["task"], r["metric"]) == (task.name, task.main_metric))
+        value = results[0].value
         if self.arguments.eval_every and (self.state.best_value is None or value > self.state.best_value):
             self.state.best_value = value
             self.save_model(self.output_dir / "best")

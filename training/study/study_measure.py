@@ -9,11 +9,11 @@ from typing import Any
 
 import datasets
 import torch
-import yaml
 
 from eval.apps.calibrate import calibrate
 from eval.data import find_data
 from eval.models import load_model
+from eval.report import read_evaluations, read_run_config
 from eval.runner import evaluate_task
 from eval.tasks import Task
 from modeling_amorlip.configuration_amorlip import AmorLIPAmortizerConfig
@@ -39,8 +39,7 @@ class TrainingRun:
     def load(cls, folder: Path) -> TrainingRun:
         model, processor = load_model(str(folder))
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        config = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))
-        return cls(folder, model, processor, config.get("arguments", config))
+        return cls(folder, model, processor, read_run_config(folder))
 
     def log(self, name: str) -> list[dict[str, Any]]:
         """Return the lines of a JSON Lines log, or no lines without such a log."""
@@ -79,9 +78,8 @@ def measure(
 
 def _score(run: TrainingRun, task: Task) -> tuple[dict[str, float], int]:
     """Return the main metric by scoring, as fractions, and the number of samples of the task."""
-    entry = evaluate_task(run.model, run.processor, task, scorings=("cosine", "gallery"), resamples=0)
-    metrics = {"cosine": entry["metrics"], **entry["scoring"]}
-    return {name: values[task.main_metric]["value"] for name, values in metrics.items()}, entry["num_samples"]
+    result = evaluate_task(run.model, run.processor, task, scorings=("cosine", "gallery"), resamples=0)
+    return {name: metrics[task.main_metric].value for name, metrics in result.scores.items()}, result.num_samples
 
 
 def _partition_errors(run: TrainingRun, batch_size: int, pairs: int) -> dict[str, float]:
@@ -116,10 +114,11 @@ def _calibrate(run: TrainingRun, task: Task, num_samples: int) -> dict[str, floa
 def _curve(run: TrainingRun, tasks: list[Task]) -> list[dict[str, float]]:
     """Return the evaluations during training, each {"samples_seen": ..., task: main metric by cosine}."""
     points = {}
-    for line in run.log("eval"):
-        values = {(r["task"], r["metric"]): r["value"] for r in line["results"]}
-        points[line["step"]] = {
-            "samples_seen": line["step"] * run.config["per_device_train_batch_size"],
-            **{task.name: values[task.name, task.main_metric] for task in tasks},
+    file = run.folder / "eval.jsonl"
+    for line in read_evaluations(file) if file.exists() else []:
+        values = {result.task: result.value for result in line.results}
+        points[line.step] = {
+            "samples_seen": line.step * run.config["per_device_train_batch_size"],
+            **{task.name: values[task.name] for task in tasks},
         }
     return list(points.values())
