@@ -111,7 +111,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--output", type=user_path, help="table of image, rank, label, probability to write, FILE.csv or FILE.json")
     add("--exclude", nargs="+", action="extend", default=[], metavar="PATTERN", help="folders to leave out, as globs")
     add("--batch_size", type=int, default=32, help="number of images to encode at a time (default: %(default)s)")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_args()
     if not arguments.images:
         raise UserError("No images given: name them first, or after --, because all that follows --labels is labels.")
     if arguments.top < 1 or arguments.batch_size < 1:

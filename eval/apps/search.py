@@ -188,7 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--output", type=user_path, help="table of the results to write, FILE.csv or FILE.json")
     add("--sheet", type=user_path, help=f"picture of the results to draw ({', '.join(SHEET_SUFFIXES)})")
     add("--batch_size", type=int, default=32, help="number of images to encode at a time (default: %(default)s)")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_args()
     _check_arguments(arguments)
     return arguments
 

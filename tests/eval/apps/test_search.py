@@ -149,7 +149,7 @@ def mistakes(folder):
 
 def test_search_reports_mistakes(call, emoji_files, tmp_path):
     for options, message in mistakes(tmp_path):
-        status, _, errors = call("--images", emoji_files, "a cat", *options)
+        status, _, errors = call("--images", emoji_files, *options, "a cat")
         assert status == 1 and message in errors.splitlines()[-1]
     with safe_open(tmp_path / "weights.safetensors", "pt") as weights:  # not written over
         assert list(weights.keys()) == ["weight"]
@@ -208,10 +208,3 @@ def test_index_is_reused_while_the_revision_is_the_same(call, emoji_files, monke
     for number in (40, 0, 40, 40):
         status, _, errors = call("--images", emoji_files, "a cat")
         assert status == 0 and f"{number} to encode" in errors
-
-
-def test_queries_may_stand_between_options(call, emoji_files):
-    expected = call("--images", emoji_files, "--top", 1, "a cat", "a dog")[:2]
-    assert expected[0] == 0
-    assert call("a cat", "--images", emoji_files, "a dog", "--top", 1)[:2] == expected
-    assert call("--images", emoji_files, "--top", 1, "--exclude", "old", "--", "a cat", "a dog")[:2] == expected
