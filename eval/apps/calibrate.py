@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.apps.outputs import check_writable, escape_unencodable_output
+from eval.apps.outputs import check_writable, printable, user_path
 from eval.data import TaskData, find_data
 from eval.evaluators.classification import build_classifier, top_classes
 from eval.models import load_model
@@ -208,8 +208,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("model", help="folder or Hub repository of a dual encoder of Transformers")
     add("data", help="task, FILE.yaml:TASK, or parquet file with the columns image and caption")
-    add("--output", type=Path, required=True, help="folder to save the model with its new heads in")
-    add("--data_dir", type=Path, default=ROOT, help="folder that holds the task's data (default: the checkout)")
+    add("--output", type=user_path, required=True, help="folder to save the model with its new heads in")
+    add("--data_dir", type=user_path, default=ROOT, help="folder that holds the task's data (default: the checkout)")
     add("--samples", type=int, default=1000, help="number of images to fit to (default: %(default)s)")
     add("--head_type", choices=HEAD_TYPES, default="prototype", help="type of the heads (default: %(default)s)")
     add("--size", type=int, default=256, help="number of prototypes, features or stored embeddings (default: 256)")
@@ -225,13 +225,12 @@ def _make_output_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {folder} cannot be created: {error.strerror}.") from None
+        raise UserError(f"--output {printable(folder)} cannot be created: {error.strerror}.") from None
     check_writable(folder / "model.safetensors", "--output")
 
 
 @cli_entry_point
 def main() -> None:
-    escape_unencodable_output()
     arguments = parse_arguments()
     model, processor = load_amorlip(arguments.model)
     data = find_gallery(arguments.data, arguments.data_dir)

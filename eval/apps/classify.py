@@ -1,7 +1,9 @@
 """Label images with names of your own.
 
     python eval/apps/classify.py photo.jpg more_photos --model outputs/emoji_demo --labels cat dog
-    python eval/apps/classify.py photos --model USER/MODEL --labels_file labels.txt --top 3 --output labels.csv
+    python eval/apps/classify.py "photos/**/*.jpg" https://example.org/a.png --model USER/MODEL --labels_file labels.txt
+
+Images are files, folders, glob patterns and http or https URLs.
 
 Probabilities are over the labels given (softmax). A model with a logit bias (SigLIP) judges each label independently
 (sigmoid), so its probabilities need not sum to 1.
@@ -22,8 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
-from eval.apps.image_files import encode_files, find_images, read_lines
-from eval.apps.outputs import check_writable, escape_unencodable_output, printable, write_table
+from eval.apps.image_files import ImageSource, encode_files, list_images
+from eval.apps.outputs import TABLE_SUFFIXES, check_writable, printable, user_path, write_table
+from eval.apps.texts import (
+    check_encodable,
+    clean_labels,
+    describe_indistinguishable,
+    find_indistinguishable,
+    read_lines,
+)
 from eval.evaluators.classification import build_classifier
 from eval.models import load_model
 from modeling_amorlip.cli_amorlip import UserError, cli_entry_point
@@ -55,6 +64,7 @@ def embed_labels(model: Any, processor: Any, labels: list[str], template: str = 
         UserError: the template has no place for a label, or there are too few labels to choose from.
     """
     check_template(template)
+    check_encodable([template, *labels])
     minimum = 2 if _logit_bias(model) is None else 1
     if len(labels) < minimum:
         raise UserError(f"{len(labels)} labels given, {minimum} or more are needed: probabilities are over the labels.")
@@ -76,7 +86,9 @@ def _logit_bias(model: Any) -> Tensor | None:
     return getattr(model, "logit_bias", None)
 
 
-def best_labels(images: Sequence[Path], labels: Sequence[str], probabilities: Tensor, top: int) -> list[ImageLabel]:
+def best_labels(
+    images: Sequence[ImageSource], labels: Sequence[str], probabilities: Tensor, top: int
+) -> list[ImageLabel]:
     """Return the `top` labels of each image by probabilities [I, C], likeliest first."""
     values, places = probabilities.topk(min(top, len(labels)))
     return [
@@ -90,13 +102,14 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line; raises `UserError` for values that cannot work."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("images", nargs="*", type=Path, help="image files, and folders that are searched with their subfolders")
+    add("images", nargs="*", help="image files, folders (searched with their subfolders), globs and URLs")
     add("--model", required=True, help="folder or Hub repository of a dual encoder")
     add("--labels", nargs="+", default=[], help="labels to choose from")
-    add("--labels_file", type=Path, help="text file of further labels, one per line")
+    add("--labels_file", type=user_path, help="text file of further labels, one per line")
     add("--template", default=TEMPLATE, help="text with {} where the label goes (default: %(default)s)")
     add("--top", type=int, default=5, help="number of labels to show per image (default: %(default)s)")
-    add("--output", type=Path, help="CSV file to write with the columns image, rank, label and probability")
+    add("--output", type=user_path, help="table of image, rank, label, probability to write, FILE.csv or FILE.json")
+    add("--exclude", nargs="+", action="extend", default=[], metavar="PATTERN", help="folders to leave out, as globs")
     add("--batch_size", type=int, default=32, help="number of images to encode at a time (default: %(default)s)")
     arguments = parser.parse_args()
     if not arguments.images:
@@ -105,23 +118,23 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("--top and --batch_size must be 1 or more.")
     check_template(arguments.template)
     if arguments.output:
-        check_writable(arguments.output, "--output")
+        check_writable(arguments.output, "--output", TABLE_SUFFIXES)
     return arguments
 
 
 @cli_entry_point
 def main() -> None:
-    escape_unencodable_output()
     arguments = parse_arguments()
-    labels = arguments.labels + (read_lines(arguments.labels_file) if arguments.labels_file else [])
-    labels = list(dict.fromkeys(labels))  # a label given twice would share its probability with itself
-    paths = list(dict.fromkeys(image for path in arguments.images for image in find_images(path)))
+    labels = clean_labels(arguments.labels + (read_lines(arguments.labels_file) if arguments.labels_file else []))
+    sources = list_images(arguments.images, arguments.exclude)
     model, processor = load_model(arguments.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     label_embeds = embed_labels(model, processor, labels, arguments.template)
-    embeds = encode_files(model, processor, paths, arguments.batch_size)
+    if groups := find_indistinguishable(labels, label_embeds):
+        print(f"warning: {describe_indistinguishable(groups)}", file=sys.stderr)
+    embeds = encode_files(model, processor, sources, arguments.batch_size)
     if not embeds:
-        raise UserError(f"None of the {len(paths)} images can be read.")
+        raise UserError(f"None of the {len(sources)} images can be read.")
     probabilities = label_probabilities(model, torch.stack(list(embeds.values())), label_embeds)
     rows = best_labels(list(embeds), labels, probabilities, arguments.top)
     for row in rows:

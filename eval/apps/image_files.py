@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 import os
 import sys
@@ -10,30 +11,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.error import HTTPError, URLError
 
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from eval.apps.image_urls import fetch, is_url
 from eval.apps.outputs import printable
 from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.embedder_amorlip import encode_images
-from modeling_amorlip.images_amorlip import convert_to_rgb, open_image
+from modeling_amorlip.images_amorlip import IMAGE_EXTENSIONS, convert_to_rgb, open_image
 
 
 MAX_IMAGE_PIXELS = 2**28
 """Larger images are skipped: one takes 0.8 GB in memory, more than photographs and scans usually have."""
-UNREADABLE_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-"""Formats that Pillow identifies but decodes only with other programs."""
-EXCLUDED_FOLDERS = (".*", "@eaDir", "__MACOSX", "node_modules")
-"""Folders of version control, thumbnails and packages, which nobody means by "my pictures"."""
+EXCLUDED_FOLDERS = (".*", "$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "node_modules")
+"""Folders of version control, thumbnails, packages and operating systems, which hold no one's pictures."""
 
-
-def image_suffixes() -> frozenset[str]:
-    """Return the file suffixes of all formats that the image decoder reads, in lower case."""
-    formats = Image.registered_extensions()  # loads all plugins, so `Image.OPEN` is complete afterwards
-    return frozenset(s for s, name in formats.items() if name in Image.OPEN and name not in UNREADABLE_FORMATS)
+ImageSource = Path | str
+"""An image file's path, or a URL."""
+Source = TypeVar("Source", bound=ImageSource)
 
 
 @dataclass
@@ -46,16 +45,16 @@ class FolderScan:
     unreadable: list[Path] = field(default_factory=list)
 
     def summary(self) -> str:
-        """Return one line per kind of omission; an empty string when nothing was left out."""
-        lines = []
+        """Return what was left out and why, one clause per reason; an empty string when nothing was."""
+        clauses = []
         if self.skipped:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.skipped.most_common())
-            lines.append(f"skipped {self.skipped.total()} files that are not images the decoder reads: {kinds}")
+            clauses.append(f"skipped {self.skipped.total()} files that the decoder does not read ({kinds})")
         if self.excluded:
-            lines.append(f"left out {len(self.excluded)} folders: {_shorten(self.excluded)}")
+            clauses.append(f"left out {len(self.excluded)} folders ({_shorten(self.excluded)})")
         if self.unreadable:
-            lines.append(f"skipped {len(self.unreadable)} folders that cannot be read: {_shorten(self.unreadable)}")
-        return "\n".join(lines)
+            clauses.append(f"could not read {len(self.unreadable)} folders ({_shorten(self.unreadable)})")
+        return "; ".join(clauses)
 
 
 def _shorten(paths: list[Path], length: int = 5) -> str:
@@ -73,7 +72,7 @@ def scan_folder(folder: Path, exclude: Sequence[str] = ()) -> FolderScan:
         exclude: patterns of folders to leave out, in addition to `EXCLUDED_FOLDERS`. A pattern is compared with the
             folder's name, its path below `folder` and its whole path.
     """
-    scan, suffixes = FolderScan(), image_suffixes()
+    scan = FolderScan()
     visited: set[tuple[int, int]] = set()
     folders: list[Path] = [folder]
     links: list[Path] = []
@@ -91,7 +90,7 @@ def scan_folder(folder: Path, exclude: Sequence[str] = ()) -> FolderScan:
         for entry in entries:
             path = current / entry.name
             if not os.path.isdir(path):
-                _add_file(scan, path, suffixes)
+                _add_file(scan, path)
             elif _matches(path, folder, [*EXCLUDED_FOLDERS, *exclude]):
                 scan.excluded.append(path)
             else:
@@ -100,13 +99,13 @@ def scan_folder(folder: Path, exclude: Sequence[str] = ()) -> FolderScan:
     return scan
 
 
-def _add_file(scan: FolderScan, path: Path, suffixes: frozenset[str]) -> None:
+def _add_file(scan: FolderScan, path: Path) -> None:
     suffix = path.suffix.lower()
     if not os.path.isfile(path):
-        scan.skipped["broken links or special files"] += 1  # opening a named pipe would wait for ever
+        scan.skipped["broken links or special files"] += 1  # opening a named pipe would wait forever
     elif path.name.startswith("._"):
         scan.skipped["._* (macOS metadata)"] += 1
-    elif suffix in suffixes:
+    elif suffix in IMAGE_EXTENSIONS:
         scan.images.append(path)
     else:
         scan.skipped[printable(suffix) or "without suffix"] += 1
@@ -128,35 +127,71 @@ def find_images(path: Path, exclude: Sequence[str] = ()) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"{printable(path)}: there is no such file or folder.")
+        reason = "is not a regular file" if path.exists() else "there is no such file or folder"
+        raise UserError(f"{printable(path)}: {reason}.")
     scan = scan_folder(path, exclude)
     if summary := scan.summary():
         print(f"{printable(path)}: {summary}", file=sys.stderr)
     if not scan.images:
-        raise UserError(f"{printable(path)} holds no image that can be read.")
+        raise UserError(f"{printable(path)} holds no image that the decoder reads.")
     return scan.images
 
 
-def read_image(path: Path) -> Image.Image:
-    """Decode an image file to upright RGB; raises whatever the decoder raises for a file that is not an image."""
-    return convert_to_rgb(open_image(str(path), MAX_IMAGE_PIXELS))
+def list_images(names: Sequence[str], exclude: Sequence[str] = ()) -> list[ImageSource]:
+    """Return the images that names stand for, each once, in the order given.
+
+    Args:
+        names: image files, folders, glob patterns (`**` matches any subfolders) and http or https URLs.
+
+    Raises:
+        UserError: a name stands for nothing.
+    """
+    sources: dict[ImageSource, None] = {}
+    for name in names:
+        if not name:
+            raise UserError("The name of an image or folder is empty.")
+        if is_url(name):
+            sources[name] = None
+            continue
+        name = os.path.expanduser(name)
+        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        if not matches and glob.has_magic(name):
+            raise UserError(f"{printable(name)}: the pattern matches no file.")
+        for match in matches or [name]:
+            sources |= dict.fromkeys(find_images(Path(match), exclude))
+    return list(sources)
 
 
-def encode_files(model: Any, processor: Any, paths: Sequence[Path], batch_size: int = 32) -> dict[Path, Tensor]:
+def read_image(source: ImageSource) -> Image.Image:
+    """Decode an image file or URL to upright RGB; raises whatever the decoder raises for what is not an image."""
+    content = fetch(source) if isinstance(source, str) and is_url(source) else source
+    return convert_to_rgb(open_image(content, MAX_IMAGE_PIXELS))
+
+
+def describe_error(error: Exception) -> str:
+    """Return the reason in a decoder's or system's error, on one line and without the file's name."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is not an image, or in a format that the decoder does not know"
+    if isinstance(error, URLError) and not isinstance(error, HTTPError):
+        error = error.reason if isinstance(error.reason, Exception) else error
+    return printable(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+
+
+def encode_files(model: Any, processor: Any, sources: Sequence[Source], batch_size: int = 32) -> dict[Source, Tensor]:
     """Return the unit-norm embedding [d] of each image that can be read; name the others on stderr.
 
     Two batches of whole images are in memory at a time: for photographs of 12 megapixels, 70 MB per image of a batch.
     """
-    decoded: list[Path] = []
+    decoded: list[Source] = []
 
     def images() -> Iterator[Image.Image]:
-        for path in tqdm(paths, unit="img", leave=False):
+        for source in tqdm(sources, unit="img", leave=False, disable=None):
             try:
-                image = read_image(path)
+                image = read_image(source)
             except Exception as error:  # Pillow raises many kinds
-                tqdm.write(f"skipped {printable(path)}: {printable(error)}", file=sys.stderr)
+                tqdm.write(f"skipped {printable(source)}: {describe_error(error)}", file=sys.stderr)
                 continue
-            decoded.append(path)
+            decoded.append(source)
             yield image
 
     stream = images()
@@ -164,12 +199,3 @@ def encode_files(model: Any, processor: Any, paths: Sequence[Path], batch_size: 
         return {}
     embeds = encode_images(model, processor, itertools.chain([first], stream), batch_size)
     return dict(zip(decoded, embeds, strict=True))
-
-
-def read_lines(path: Path) -> list[str]:
-    """Return a text file's lines without blank ones; raises `UserError` when it cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{printable(path)} cannot be read as UTF-8 text: {error}") from None
-    return [line.strip() for line in lines if line.strip()]

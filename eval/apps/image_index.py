@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eval.apps.image_files import encode_files, find_images
-from eval.apps.outputs import check_writable, printable, unwritable
+from eval.apps.outputs import check_writable, printable, replacing, unwritable
 from modeling_amorlip.cli_amorlip import UserError
 
 
@@ -57,9 +57,10 @@ def index_images(
     """
     origin = {"version": VERSION, "revision": str(model_revision)}
     origin["image_processor"] = processor.image_processor.to_json_string()
-    stamps = {path: _stamp(folder, path) for path in find_images(folder, exclude)}
+    stamps = _stamps(folder, find_images(folder, exclude))
     entries = _read_index(file, origin) if model_revision else {}
     embeds = {path: entries[stamp] for path, stamp in stamps.items() if stamp in entries}
+    others = _other_entries(folder, entries, stamps)
     missing = [path for path in stamps if path not in embeds]
     print(f"{len(embeds)} images in the index, {len(missing)} to encode", file=sys.stderr)
     if missing:
@@ -69,16 +70,26 @@ def index_images(
     stride = max(SAVE_EVERY, len(stamps) // 16)
     for start in range(0, len(missing), stride):
         embeds |= encode_files(model, processor, missing[start : start + stride], batch_size)
-        _write_index(file, origin, {stamps[path]: embed for path, embed in embeds.items()})
+        _write_index(file, origin, others | {stamps[path]: embed for path, embed in embeds.items()})
     if not embeds:
         raise UserError(f"None of the {len(stamps)} images in {printable(folder)} can be read.")
     paths = sorted(embeds)
     return paths, torch.stack([embeds[path] for path in paths])
 
 
-def _stamp(folder: Path, path: Path) -> Stamp:
-    status = path.stat()
-    return path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns
+def _stamps(folder: Path, paths: Sequence[Path]) -> dict[Path, Stamp]:
+    stamps = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
+            status = path.stat()
+            stamps[path] = path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns
+    return stamps
+
+
+def _other_entries(folder: Path, entries: dict[Stamp, Tensor], stamps: dict[Path, Stamp]) -> dict[Stamp, Tensor]:
+    """Return the entries of images that exist but are left out this time, so that they stay in the index."""
+    names = {name for name, _, _ in stamps.values()}
+    return {stamp: e for stamp, e in entries.items() if stamp[0] not in names and (folder / stamp[0]).is_file()}
 
 
 def _make_parent(file: Path) -> None:
@@ -92,6 +103,8 @@ def _read_index(file: Path, origin: dict[str, str]) -> dict[Stamp, Tensor]:
     """Return {stamp: embedding [d]}, empty where there is no index or another model made it."""
     if not file.exists():
         return {}
+    if not file.is_file():
+        raise UserError(f"--index {printable(file)} is not a file; name another.")
     try:
         with safe_open(file, "pt") as index:
             metadata = index.metadata() or {}
@@ -114,12 +127,8 @@ def _write_index(file: Path, origin: dict[str, str], entries: dict[Stamp, Tensor
     # A safetensors header holds 100 MB at most, which the names of a million images exceed: they are a tensor too.
     stamps = torch.frombuffer(bytearray(json.dumps(list(entries)).encode("ascii")), dtype=torch.uint8)
     tensors = {"image_embeds": torch.stack(list(entries.values())), "stamps": stamps}
-    file = file.resolve()
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        save_file(tensors, aside, metadata={"format": FORMAT, **origin})
-        os.replace(aside, file)
+        with replacing(file) as aside:
+            save_file(tensors, aside, metadata={"format": FORMAT, **origin})
     except (SafetensorError, OSError) as error:
         raise unwritable(file, "--index", error) from None
-    finally:
-        aside.unlink(missing_ok=True)

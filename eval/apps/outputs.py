@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import csv
 import json
 import os
-import sys
 import tempfile
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from modeling_amorlip.cli_amorlip import UserError
 
@@ -19,21 +21,24 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 TABLE_SUFFIXES = (".csv", ".json")
+ESCAPED_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, line and paragraph separators
 PROBE_SIZE = 2**20  # bytes: a disk with less free space counts as full
 
 
 def printable(value: object) -> str:
-    """Return text with control characters and undecodable bytes of file names escaped, to print on one line."""
-    text = str(value)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    """Return text on one line, with control characters and the undecodable bytes of file names escaped."""
+    return "".join(_escape(c) if unicodedata.category(c) in ESCAPED_CATEGORIES else c for c in str(value))
 
 
-def escape_unencodable_output() -> None:
-    """Let stdout and stderr print characters that their encoding lacks as escapes instead of raising."""
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure: Any = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(errors="backslashreplace")
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def user_path(name: str) -> Path:
+    """Return the path of a command-line argument; `~` stands for the home folder even where the shell keeps it."""
+    if not name:
+        raise argparse.ArgumentTypeError("the path is empty")  # `Path` would take it for the current folder
+    return Path(os.path.expanduser(name))
 
 
 def check_writable(path: Path, option: str, suffixes: Sequence[str] = ()) -> None:
@@ -43,14 +48,15 @@ def check_writable(path: Path, option: str, suffixes: Sequence[str] = ()) -> Non
         option: name of the command-line option that the path comes from.
         suffixes: the file suffixes to choose from, if the format depends on it.
     """
-    if suffixes and path.suffix.lower() not in suffixes:
+    is_special = path.exists() and not path.is_file() and not path.is_dir()
+    if suffixes and not is_special and path.suffix.lower() not in suffixes:
         raise UserError(f"{option} {printable(path)}: name a file that ends in {' or '.join(suffixes)}.")
     if path.is_dir():
         raise UserError(f"{option} {printable(path)} is a folder; name a file.")
     if not path.parent.is_dir():
         raise UserError(f"{option} {printable(path)}: the folder {printable(path.parent)} does not exist.")
     try:
-        if path.exists() and not path.is_file():
+        if is_special:
             return  # a pipe or a device cannot be tried without writing into it
         if path.exists() and not os.access(path, os.W_OK):
             raise PermissionError("permission denied")
@@ -64,7 +70,7 @@ def check_writable(path: Path, option: str, suffixes: Sequence[str] = ()) -> Non
 def unwritable(path: Path, option: str, error: Exception) -> UserError:
     """Return the error that tells the user why an output cannot be written."""
     reason = getattr(error, "strerror", None) or str(error)
-    return UserError(f"{option} {printable(path)} cannot be written: {reason}.")
+    return UserError(f"{option} {printable(path)} cannot be written: {reason}; name another place.")
 
 
 def write_table(path: Path, option: str, rows: Sequence[DataclassInstance]) -> None:
@@ -73,18 +79,27 @@ def write_table(path: Path, option: str, rows: Sequence[DataclassInstance]) -> N
     A file name that is not UTF-8 keeps its bytes in CSV, and is escaped in JSON as Python's `os.fsdecode` reads it.
     """
     write = _write_json if path.suffix.lower() == ".json" else _write_csv
-    path = path.resolve()  # through a symbolic link, which replacing would destroy
-    replace = path.is_file() or not path.exists()  # not a pipe or a device
-    target = path.with_name(f".{path.name}.{os.getpid()}") if replace else path
     try:
-        with target.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        if path.exists() and not path.is_file():  # a pipe or a device
+            with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                write(file, rows)
+            return
+        with replacing(path) as aside, aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             write(file, rows)
-        if replace:
-            os.replace(target, path)  # only a complete file takes the place of an old one
     except OSError as error:
-        if replace:
-            target.unlink(missing_ok=True)
         raise unwritable(path, option, error) from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write a file to, which takes the place of `path` only when it is complete."""
+    path = path.resolve()  # a symbolic link stays one
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _write_csv(file: TextIO, rows: Sequence[DataclassInstance]) -> None:

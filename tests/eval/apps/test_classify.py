@@ -1,15 +1,20 @@
 """eval/apps/classify.py: probabilities against the model's own logits, and the command line."""
 
 import csv
+import io
+import os
 import sys
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, SiglipConfig, SiglipModel
 
+from eval.apps import image_files
 from eval.apps.classify import embed_labels, label_probabilities, main
+from eval.apps.image_files import read_image
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel
+from modeling_amorlip.convert_clip_to_amorlip import convert
 from modeling_amorlip.embedder_amorlip import encode_images
 
 
@@ -100,6 +105,12 @@ def mistakes(folder):
         ([picture, "--labels_file", folder / "latin.txt"], "latin.txt cannot be read as UTF-8"),
         ([picture, *labels, "--template", "a photo"], "has no {} where the label goes"),
         ([picture, *labels, "--top", 0], "must be 1 or more"),
+        ([folder / "*.gif", *labels], "the pattern matches no file"),
+        (["", *labels], "is empty"),
+        ([picture, "--labels", "a cat", " ", " a cat "], "1 labels given, 2 or more are needed"),
+        ([picture, "--labels", "a cat", os.fsdecode(b"caf\xe9")], "is not valid UTF-8"),
+        ([picture, *labels, "--output", folder / "a.txt"], "name a file that ends in .csv or .json"),
+        ([picture, *labels, "--output", "/dev/full"], "/dev/full cannot be written: No space left on device"),
         ([picture, *labels, "--output", folder / "no/such/folder.csv"], "no/such does not exist"),
     ]
 
@@ -108,3 +119,66 @@ def test_classify_reports_mistakes(call, emoji_files, tmp_path):
     for arguments, message in mistakes(tmp_path):
         status, _, errors = call(*arguments)
         assert status == 1 and message in errors.splitlines()[-1]
+
+
+def test_classify_prints_and_writes_names_of_any_encoding(loaded, tiny_model, emoji_files, tmp_path, monkeypatch):
+    path = os.fsencode(emoji_files) + b"/caf\xe9\n.png"
+    os.rename(opaque(emoji_files)[0], path)
+    output, stdout = tmp_path / "labels.csv", io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    arguments = [os.fsdecode(path), "--labels", "日本", "naïve", "--output", output]
+    monkeypatch.setattr(sys, "argv", ["classify.py", "--model", str(tiny_model), *map(str, arguments)])
+    assert main() == 0
+    stdout.flush()
+    lines = stdout.buffer.getvalue().decode("ascii").splitlines()
+    assert len(lines) == 3 and lines[0].endswith("/caf\\udce9\\n.png")
+    assert {line.split()[-1] for line in lines[1:]} == {"\\u65e5\\u672c", "na\\xefve"}
+    with output.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    assert [os.fsencode(row["image"]) for row in rows] == [path, path]
+    assert {row["label"] for row in rows} == {"日本", "naïve"}
+
+
+def test_classify_takes_urls_and_globs(call, emoji_files, monkeypatch):
+    image = opaque(emoji_files)[0]
+    monkeypatch.setattr(image_files, "fetch", lambda url: image.read_bytes() if "good" in url else b"<html>")
+    sources = ["https://example.org/good", "https://example.org/bad", emoji_files / "**" / image.name]
+    status, printed, errors = call(*sources, "--labels", *LABELS)
+    assert status == 0 and "skipped https://example.org/bad: it is not an image" in errors
+    lines = printed.splitlines()
+    assert len(lines) == 10 and lines[0] == sources[0] and lines[5] == str(image) and lines[1:5] == lines[6:]
+
+
+def test_classify_names_labels_that_the_model_cannot_distinguish(call, emoji_files):
+    image, long = opaque(emoji_files)[0], "a cat " * 40
+    status, printed, errors = call(image, "--labels", "a dog", long + "one", long + "two", "an ant")
+    assert status == 0
+    warning = next(line for line in errors.splitlines() if line.startswith("warning: "))
+    assert f"'{long}one' = '{long}two'" in warning and "dog" not in warning and "ant" not in warning
+    probabilities = {line[10:]: line[:8] for line in printed.splitlines()[1:]}
+    assert probabilities[long + "one"] == probabilities[long + "two"]
+    assert "warning" not in call(image, "--labels", "a dog", "an ant")[2]
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_siglip_gives_its_own_probabilities(tiny_model, emoji_files, tmp_path, converted):
+    """Sigmoids over texts padded to the context and without a mask, as Transformers' model card has it."""
+    torch.manual_seed(0)
+    processor = AutoProcessor.from_pretrained(tiny_model)
+    processor.tokenizer.model_input_names = ["input_ids"]  # as SigLIP's tokenizers have it: no attention mask
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": len(processor.tokenizer), "max_position_embeddings": 16, "projection_size": 32}
+    vision = {**tower, "image_size": 32, "patch_size": 16}
+    source = SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).eval()
+    source.logit_scale.data.fill_(2.0)
+    source.logit_bias.data.fill_(-1.0)
+    source.save_pretrained(tmp_path / "siglip")
+    images = [read_image(path) for path in opaque(emoji_files)[:3]]
+    texts = processor.tokenizer(LABELS, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        expected = source(input_ids=texts["input_ids"], pixel_values=pixels).logits_per_image.sigmoid()
+    model = convert(tmp_path / "siglip").model.eval() if converted else source
+    embeds = embed_labels(model, processor, LABELS, "{}")
+    probabilities = label_probabilities(model, encode_images(model, processor, images), embeds)
+    torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-5)

@@ -7,19 +7,21 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import requests
+import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from eval.apps.classify import embed_labels, label_probabilities
-from eval.apps.demo import main
+from eval.apps.demo import build_demo, main
+from modeling_amorlip import AmorLIPConfig, AmorLIPModel
 from modeling_amorlip.embedder_amorlip import encode_images
 from tests.helpers.checkout import ROOT, with_threads
 
-
-pytestmark = pytest.mark.e2e
 
 LABELS = ["airplane", "red heart", "angry face"]
 BARS = ("dt", "dd", "meter")  # of a label on the page: its name, its per cent, its bar
@@ -80,24 +82,32 @@ def expected(tiny_model, picture):
     return dict(sorted(zip(LABELS, probabilities, strict=True), key=lambda item: -item[1]))
 
 
-def test_demo_answers_http_client(demo, picture, expected, uploads):
+@pytest.mark.e2e
+def test_demo_answers_http_client(demo, picture, expected, uploads, tmp_path):
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError
 
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
     client = Client(demo, verbose=False, analytics_enabled=False)
     result = client.predict(handle_file(picture), " airplane, red heart,, angry face , airplane", api_name="/classify")
     assert result["label"] == next(iter(expected))
     found = {line["label"]: line["confidence"] for line in result["confidences"]}
     assert list(found) == list(expected) and found == pytest.approx(expected, abs=1e-5)
     assert list(uploads.rglob(picture.name))  # until the demo ends, see its fixture
+    by_line = client.predict(handle_file(picture), "airplane\nred heart\r\n\nangry face\n", api_name="/classify")
+    assert by_line == result
     for image, labels, message in (
         (handle_file(picture), "airplane", "2 or more are needed"),
+        (handle_file(picture), " ,\n", "0 labels given, 2 or more are needed"),
+        (handle_file(broken), "airplane, anchor", "The image cannot be read: it is not an image"),
         (None, "airplane, anchor", "Upload an image first"),
     ):
         with pytest.raises(AppError, match=message):
             client.predict(image, labels, api_name="/classify")
 
 
+@pytest.mark.e2e
 def test_demo_listens_on_this_computer_only(demo):
     assert requests.get(demo, timeout=30).ok
     port = demo.rpartition(":")[2]
@@ -109,6 +119,7 @@ def test_demo_listens_on_this_computer_only(demo):
     ("options", "message"),
     [
         (["--port", "99999"], "--port must be between 1 and 65535, got 99999"),
+        (["--port", "0"], "--port must be between 1 and 65535, got 0"),
         (["--template", "a photo"], "'a photo' has no {} where the label goes"),
     ],
 )
@@ -118,12 +129,13 @@ def test_demo_reports_mistakes_at_start(options, message, monkeypatch, capsys):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.e2e
 def test_demo_reports_taken_port(demo, tiny_model, monkeypatch, capsys):
     port = demo.rpartition(":")[2]
     monkeypatch.setattr(sys, "argv", ["demo.py", "--model", str(tiny_model), "--port", port])
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # the demo sets it
     assert main() == 1
-    assert f"Port {port} is taken" in capsys.readouterr().err.splitlines()[-1]
+    assert f"--port {port} cannot be used: Address already in use" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture
@@ -155,6 +167,7 @@ def browser(tmp_path):
     browser.quit()
 
 
+@pytest.mark.e2e
 @pytest.mark.browser
 def test_demo_in_browser(demo, picture, expected, browser, tmp_path):
     from selenium.webdriver.common.by import By
@@ -184,3 +197,45 @@ def test_demo_in_browser(demo, picture, expected, browser, tmp_path):
     asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     elsewhere = [url for url in asked if not url.startswith((demo, "data:", "blob:", "chrome:"))]
     assert any(url.startswith(demo) for url in asked) and not elsewhere
+
+
+@pytest.fixture
+def page(tiny_model):
+    return build_demo(AutoModel.from_pretrained(tiny_model).eval(), AutoProcessor.from_pretrained(tiny_model))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.svg", "a"])
+def test_page_explains_broken_pictures(page, tmp_path, name):
+    import gradio
+
+    (tmp_path / name).write_bytes(b"no image")
+    upload = SimpleNamespace(path=str(tmp_path / name))
+    with pytest.raises(gradio.Error, match="The image cannot be read: it is not an image"):
+        page.fn(page.input_components[0].preprocess(upload), "a, b")
+    with pytest.raises(gradio.Error, match="Upload an image first"):
+        page.fn(page.input_components[0].preprocess(None), "a, b")
+
+
+def test_page_decodes_as_the_command_line(page, demo_rows, tmp_path):
+    gray = np.asarray(demo_rows[3]["image"].convert("L").resize((96, 96)))
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    results = [page.fn(str(tmp_path / name), "a cat, an ant") for name in ("deep.png", "gray.png")]
+    assert results[0] == pytest.approx(results[1], abs=1e-6) and list(results[0]) == ["a cat", "an ant"]
+
+
+def test_page_warns_of_indistinguishable_labels(page, picture, monkeypatch):
+    import gradio
+
+    warnings = []
+    monkeypatch.setattr(gradio, "Warning", warnings.append)
+    result = page.fn(str(picture), "\n".join(["a dog", "a cat " * 40 + "one", "a cat " * 40 + "two"]))
+    assert len(result) == 3 and len(warnings) == 1 and "share one probability" in warnings[0]
+
+
+def test_page_of_model_with_logit_bias_takes_one_label(tiny_model, picture):
+    torch.manual_seed(0)
+    config = AmorLIPConfig.from_pretrained(tiny_model, logit_bias_init_value=-1.5)
+    page = build_demo(AmorLIPModel(config).eval(), AutoProcessor.from_pretrained(tiny_model))
+    one, two = page.fn(str(picture), "a cat"), page.fn(str(picture), "a cat, a dog")
+    assert 0 < one["a cat"] < 1 and one["a cat"] == pytest.approx(two["a cat"], abs=1e-6)

@@ -1,6 +1,7 @@
 """eval/apps/search.py: scores against brute force, the index, and the command line."""
 
 import copy
+import csv
 import json
 import math
 import os
@@ -13,10 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
-from eval.apps import image_index
-from eval.apps.image_files import read_image
-from eval.apps.image_index import index_images
-from eval.apps.search import check_scoring, main, search
+from eval.apps.outputs import printable
+from eval.apps.search import EXACT, check_scoring, main, search
 from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.embedder_amorlip import encode_texts
 
@@ -54,7 +53,7 @@ def call(tiny_model, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("scoring", ["cosine", "gallery", "amortized"])
+@pytest.mark.parametrize("scoring", ["cosine", "exact", "amortized"])
 def test_search_ranks_as_brute_force(call, loaded, emoji_files, tmp_path, scoring):
     model, processor = loaded
     (emoji_files / "odd/$broken$.png").write_bytes((emoji_files / "odd/abacus.png").read_bytes()[:200])
@@ -65,7 +64,7 @@ def test_search_ranks_as_brute_force(call, loaded, emoji_files, tmp_path, scorin
     outputs = brute_force(model, processor, paths, QUERIES)
     scale = model.logit_scale.exp().detach()
     expected = outputs.logits_per_text / scale
-    if scoring == "gallery":
+    if scoring == "exact":
         others = brute_force(model, processor, paths, SAMPLE).logits_per_text.double()
         kept = [[text != query for text in SAMPLE] for query in QUERIES]
         expected = expected - torch.stack([others[rows].exp().sum(0).log() for rows in kept]) / scale
@@ -73,7 +72,7 @@ def test_search_ranks_as_brute_force(call, loaded, emoji_files, tmp_path, scorin
         expected = model.log_prob_per_image(outputs).T / scale
     order = expected.argsort(descending=True)[:, :7]
 
-    options = ["--queries", tmp_path / "queries.txt"] if scoring == "gallery" else []
+    options = ["--queries", tmp_path / "queries.txt"] if scoring == "exact" else []
     options += ["--top", 7, "--scoring", scoring, "--sheet", tmp_path / "sheet.png"]
     status, printed, errors = call("--images", emoji_files, *QUERIES, *options)
     assert status == 0, errors
@@ -93,7 +92,7 @@ def test_search_ranks_as_brute_force(call, loaded, emoji_files, tmp_path, scorin
         torch.testing.assert_close(index.get_tensor("image_embeds").norm(dim=1), torch.ones(40))
 
 
-def test_gallery_scoring_demotes_hub_image(loaded):
+def test_exact_scoring_demotes_hub_image(loaded):
     """An image close to all queries comes first by cosine, but not relative to its average score."""
     model, processor = loaded
     texts = torch.nn.functional.normalize(
@@ -103,86 +102,19 @@ def test_gallery_scoring_demotes_hub_image(loaded):
     away = texts - (texts @ hub)[:, None] * hub  # of each query what the others have not
     images = torch.cat([hub[None], torch.nn.functional.normalize(away, dim=-1)])
     assert search(model, processor, QUERIES, images).argmax(1).tolist() == [0, 0, 0]
-    assert search(model, processor, QUERIES, images, "gallery").argmax(1).tolist() == [1, 2, 3]
+    assert search(model, processor, QUERIES, images, EXACT).argmax(1).tolist() == [1, 2, 3]
 
 
-def test_gallery_scoring_ranks_by_probability_of_query(loaded):
+def test_exact_scoring_ranks_by_probability_of_query(loaded):
     """Even where the probability is so close to 1 that float32 cannot represent the difference."""
     model, processor = copy.deepcopy(loaded[0]), loaded[1]
     model.logit_scale.data.fill_(math.log(100))
     images = torch.nn.functional.normalize(torch.randn(50, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
     logits = 100 * encode_texts(model, processor, QUERIES).double() @ images.double().T
-    for i, scores in enumerate(search(model, processor, QUERIES, images, "gallery")):
+    for i, scores in enumerate(search(model, processor, QUERIES, images, EXACT)):
         others = torch.cat([logits[:i], logits[i + 1 :]]).logsumexp(0)
         log_probability = -torch.log1p((others - logits[i]).exp())
         assert scores.argsort(descending=True).tolist() == log_probability.argsort(descending=True).tolist()
-
-
-def test_index_encodes_only_new_and_changed_images(loaded, tiny_model, emoji_files, tmp_path, capsys):
-    model, processor = loaded[0], AutoProcessor.from_pretrained(tiny_model)
-    file, encoded = tmp_path / "deep/er/index.safetensors", []
-    count = model.vision_model.register_forward_pre_hook(
-        lambda module, args, kwargs: encoded.append(len(kwargs["pixel_values"])), with_kwargs=True
-    )
-
-    def update(revision="one"):
-        encoded.clear()
-        return (*index_images(model, processor, emoji_files, file, revision), sum(encoded))
-
-    try:
-        paths, embeds, number = update()
-        assert number == len(paths) == 40
-        again, same, number = update()
-        assert number == 0 and again == paths and torch.equal(same, embeds)
-
-        new, changed, touched, gone, moved = *paths[:2], *paths[10:12], emoji_files / "moved.png"
-        new.with_name("new.png").write_bytes(new.read_bytes())
-        changed.write_bytes(paths[5].read_bytes())
-        os.utime(touched, ns=(1, 1))
-        gone.rename(moved)
-        after, embeds_after, number = update()
-        assert number == 4 and set(after) == {*paths, new.with_name("new.png"), moved} - {gone}
-        place, before = dict(zip(after, embeds_after, strict=True)), dict(zip(paths, embeds, strict=True))
-        for path in set(paths) - {changed, gone}:
-            torch.testing.assert_close(place[path], before[path])
-        torch.testing.assert_close(place[new.with_name("new.png")], before[new])
-        torch.testing.assert_close(place[changed], before[paths[5]])
-        torch.testing.assert_close(place[moved], before[gone])
-
-        capsys.readouterr()
-        assert update("two")[2] == 41 and "another model" in capsys.readouterr().err
-        processor.image_processor.image_mean = [0.1, 0.1, 0.1]
-        assert update("two")[2] == 41
-        assert update(None)[2] == update(None)[2] == 41  # no telling whether it is the same model
-        assert not list(tmp_path.rglob(".*"))  # nothing left aside
-    finally:
-        count.remove()
-
-
-def test_interrupted_indexing_continues(loaded, emoji_files, tmp_path, monkeypatch):
-    model, processor = loaded
-    monkeypatch.setattr(image_index, "SAVE_EVERY", 16)
-    calls, encode_files = [], image_index.encode_files
-
-    def stop_at_the_third(model, processor, paths, batch_size):
-        calls.append(len(paths))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return encode_files(model, processor, paths, batch_size)
-
-    monkeypatch.setattr(image_index, "encode_files", stop_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        index_images(model, processor, emoji_files, tmp_path / "index.safetensors", "one")
-    index_images(model, processor, emoji_files, tmp_path / "index.safetensors", "one")
-    assert calls == [16, 16, 8, 8]
-
-
-def test_read_image_applies_exif_orientation(emoji_files, tmp_path):
-    image = Image.open(emoji_files / "even/airplane.png").convert("RGB")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "turn by 90 degrees clockwise to see it"
-    image.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
-    assert read_image(tmp_path / "turned.png").tobytes() == image.tobytes()
 
 
 def mistakes(folder):
@@ -195,20 +127,29 @@ def mistakes(folder):
     return [
         (["--scoring", "gallery"], "compares with other queries"),
         (["--scoring", "gallery", "--queries", folder / "one.txt"], "compares with other queries"),
-        (["--queries", folder / "one.txt"], "for --scoring gallery alone"),
+        (["--queries", folder / "one.txt"], "--queries is for --scoring exact and sinkhorn"),
         (["--scoring", "gallery", "--queries", folder / "nothing.txt"], "nothing.txt cannot be read"),
         (["--index", folder / "weights.safetensors"], "weights.safetensors is not an index of images"),
         (["--index", folder / "cut.safetensors"], "cut.safetensors cannot be read"),
         (["--images", folder / "nowhere"], "nowhere: there is no such folder"),
-        (["--images", folder / "empty"], "empty holds no image that can be read"),
+        (["--images", folder / "empty"], "empty holds no image that the decoder reads"),
         (["--images", folder / "broken"], "None of the 1 images"),
         (["--top", 0], "must be 1 or more"),
+        (["--output", folder / "a.txt"], "name a file that ends in .csv or .json"),
+        (["--output", folder / "no/such/a.csv"], "no/such does not exist"),
+        (["--sheet", folder / "a.gif"], "name a file that ends in .png"),
+        (["--index", folder], "is not a file"),
+        ([""], "A query is empty"),
+        ([os.fsdecode(b"caf\xe9")], "is not valid UTF-8"),
+        ([folder / "broken/a.JPG"], "a.JPG cannot be read: it is not an image"),
+        (["http://127.0.0.1:9/a.png"], "http://127.0.0.1:9/a.png cannot be read: Connection refused"),
+        (["--scoring", "gallery", folder / "broken/a.JPG", "a dog"], "search with pictures by cosine"),
     ]
 
 
 def test_search_reports_mistakes(call, emoji_files, tmp_path):
     for options, message in mistakes(tmp_path):
-        status, _, errors = call("--images", emoji_files, "a cat", *options)
+        status, _, errors = call("--images", emoji_files, *options, "a cat")
         assert status == 1 and message in errors.splitlines()[-1]
     with safe_open(tmp_path / "weights.safetensors", "pt") as weights:  # not written over
         assert list(weights.keys()) == ["weight"]
@@ -218,3 +159,52 @@ def test_amortized_scoring_needs_heads(loaded):
     check_scoring(loaded[0], "amortized", ["a cat"])
     with pytest.raises(UserError, match="amortizer heads"):
         check_scoring(loaded[0].vision_model, "amortized", ["a cat"])
+
+
+def test_search_by_picture_finds_the_picture(call, emoji_files, monkeypatch):
+    picture = emoji_files / "odd/abacus.png"
+    monkeypatch.chdir(emoji_files)
+    status, printed, errors = call("--images", emoji_files, "odd/abacus.png", "an anchor", "--top", 2)
+    assert status == 0, errors
+    lines = printed.splitlines()
+    assert lines[0] == "odd/abacus.png" and lines[1].split(maxsplit=2) == ["1", "1.0000", str(picture)]
+    _, alone, _ = call("--images", emoji_files, "an anchor", "--top", 2)
+    assert lines[3:] == alone.splitlines()
+    status, printed, errors = call("--images", emoji_files, "nowhere.png", "--top", 1)
+    assert status == 0 and "nowhere.png is no file; searching for it as words" in errors
+
+
+def test_search_without_query_updates_the_index(call, emoji_files, tmp_path):
+    status, printed, errors = call("--images", emoji_files, "--index", tmp_path / "i.safetensors")
+    assert status == 0 and printed == f"40 images in the index {tmp_path / 'i.safetensors'}\n", errors
+    status, _, errors = call("--images", emoji_files, "--index", tmp_path / "i.safetensors", "--exclude", "odd")
+    assert status == 0 and "20 images in the index, 0 to encode" in errors
+    for options in (["--sheet", tmp_path / "a.png"], ["--output", tmp_path / "a.csv"], ["--scoring", "amortized"]):
+        status, _, errors = call("--images", emoji_files, *options)
+        assert status == 1 and "need a query" in errors.splitlines()[-1]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json"])
+def test_search_writes_what_it_prints(call, emoji_files, tmp_path, suffix):
+    os.rename(emoji_files / "odd/abacus.png", os.fsencode(emoji_files) + b"/caf\xe9.png")
+    output = tmp_path / f"results.{suffix}"
+    status, printed, errors = call("--images", emoji_files, *QUERIES, "--top", 40, "--output", output)
+    assert status == 0, errors
+    with output.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = json.load(file) if suffix == "json" else list(csv.DictReader(file))
+    assert len(rows) == 120 and any(os.fsencode(row["image"]).endswith(b"caf\xe9.png") for row in rows)
+    lines = iter(printed.splitlines())
+    for row in rows:
+        if int(row["rank"]) == 1:
+            assert next(lines) == row["query"]
+        assert next(lines) == f"{int(row['rank']):4d}  {float(row['score']):7.4f}  {printable(row['image'])}"
+    assert next(lines, None) is None
+
+
+def test_index_is_reused_while_the_revision_is_the_same(call, emoji_files, monkeypatch):
+    """A model named on the Hub is identified by its commit."""
+    commits = iter(["a" * 40, "a" * 40, "b" * 40, None])
+    monkeypatch.setattr("eval.apps.search.revision", lambda name, model: next(commits))
+    for number in (40, 0, 40, 40):
+        status, _, errors = call("--images", emoji_files, "a cat")
+        assert status == 0 and f"{number} to encode" in errors
