@@ -11,6 +11,7 @@ A pair that cannot be used is listed and replaced by another one, drawn with the
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,10 @@ from training.config import PretrainConfig
 from training.data.collate import BadSample, Collator, Sample
 from training.data.mixture import Mixture
 from training.data.order import PairSampler
+from training.data.pairs import check_caption
 from training.data.transforms import augment
 
 
-MAX_CAPTION_CHARACTERS = 100_000
 MAX_REPLACEMENTS = 100
 
 
@@ -71,25 +72,30 @@ class PairDataset(Dataset):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), self._draw_caption(row, generator)
 
     def _draw_caption(self, row: dict[str, Any], generator: random.Random) -> str:
-        caption = self._choose_caption(row, generator)
-        if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f"the caption is {str(caption)[:50]!r}; it must be text that is not empty")
-        if len(caption) > MAX_CAPTION_CHARACTERS:
-            raise ValueError(f"the caption has {len(caption)} characters")
-        keywords = row.get(self.config.keywords_column) if self.config.keywords_column else None
+        caption = check_caption(self._choose_caption(row, generator))
+        keywords = self._list(row, self.config.keywords_column)
         if keywords and generator.random() < self.config.keywords_probability:
             parts = [caption, *generator.sample(keywords, k=min(len(keywords), generator.randint(1, 3)))]
             generator.shuffle(parts)
             caption = ", ".join(parts)
-        return caption
+        return check_caption(caption)
 
     def _choose_caption(self, row: dict[str, Any], generator: random.Random) -> Any:
-        column = self.config.alternative_captions_column
-        alternatives = row.get(column) if column else None
-        if alternatives:
+        if alternatives := self._list(row, self.config.alternative_captions_column):
             return generator.choice(alternatives)
         columns = [self.config.caption_column, *self.config.further_caption_columns]
         return row.get(generator.choice(columns) if len(columns) > 1 else columns[0])
+
+    def _list(self, row: dict[str, Any], column: str | None) -> Sequence[Any] | None:
+        """Return a column of lists; None if there is none.
+
+        Raises:
+            ValueError: the value is something else, of which drawing would take single letters.
+        """
+        value = row.get(column) if column else None
+        if value is not None and not isinstance(value, (list, tuple)):
+            raise ValueError(f"{column} is {str(value)[:50]!r}; it must be a list of texts")
+        return value
 
 
 def make_dataloader(

@@ -36,7 +36,7 @@ def open_source(source: str, config: DataConfig) -> Pairs:
         UserError: see `open_pairs`.
     """
     files = expand(source)
-    if files and all(name.endswith(".tar") for name in files):
+    if files and all(name.lower().endswith(".tar") for name in files):
         return TarPairs(files, source, config)
     if len(files) > 1 or files != [source]:
         suffixes = {Path(name).suffix for name in files}
@@ -75,6 +75,10 @@ class Mixture:
     def column(self, name: str) -> list[Any]:
         """Return the values of a column, one per pair."""
         return [value for part in self.parts for value in part.column(name)]
+
+    def report(self) -> list[str]:
+        """Return a line per source on what it holds, and what of it is left out for which reason."""
+        return [part.report() for part in self.parts]
 
     def _locate(self, index: int) -> tuple[Pairs, int]:
         part = int(np.searchsorted(self.starts, index, side="right")) - 1

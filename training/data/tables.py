@@ -11,7 +11,7 @@ import datasets
 
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
-from training.data.pairs import Pairs
+from training.data.pairs import Pairs, usable_captions
 
 
 TABLE_LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
@@ -55,7 +55,7 @@ class TablePairs(Pairs):
         return f"row {index}", self.source
 
     def captions(self) -> Iterator[str]:
-        return (text for text in self.rows[self.caption_column] if isinstance(text, str))
+        return usable_captions(self.rows[self.caption_column])
 
     def column(self, name: str) -> list[Any]:
         return self.rows[name]
