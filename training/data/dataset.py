@@ -84,7 +84,8 @@ class PairDataset(Dataset):
         if alternatives := self._list(row, self.config.alternative_captions_column):
             return generator.choice(alternatives)
         columns = [self.config.caption_column, *self.config.further_caption_columns]
-        return row.get(generator.choice(columns) if len(columns) > 1 else columns[0])
+        caption = row.get(generator.choice(columns) if len(columns) > 1 else columns[0])
+        return generator.choice(caption) if isinstance(caption, (list, tuple)) and caption else caption
 
     def _list(self, row: dict[str, Any], column: str | None) -> Sequence[Any] | None:
         """Return a column of lists; None if there is none.

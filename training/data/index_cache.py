@@ -40,9 +40,8 @@ class IndexCache:
 
     def __init__(self, shards: Sequence[str]):
         self.shards = list(shards)
-        states = [_state(shard) for shard in self.shards]
-        self.sizes = [size for size, _ in states]
-        names = [_index_name(shard, *state) for shard, state in zip(self.shards, states, strict=True)]
+        self.states = [_state(shard) for shard in self.shards]
+        names = [_index_name(shard, *state) for shard, state in zip(self.shards, self.states, strict=True)]
         self.paths = [cache_folder() / name for name in names]
         self.note: str | None = None
         self._in_memory: dict[int, ShardIndex] = {}
@@ -66,6 +65,12 @@ class IndexCache:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mapped": {}, "summaries": []}
 
+    def check_unchanged(self, shard: int) -> None:
+        """Raise OSError if a shard is not what it was at the start."""
+        status = os.stat(self.shards[shard])
+        if (status.st_size, status.st_mtime_ns) != self.states[shard]:
+            raise OSError(f"{self.shards[shard]} was changed since the run began")
+
     def _make_missing(self, summaries: list[Summary | None]) -> list[Summary | None]:
         """Scan the shards whose index is missing, in several processes when they are large, and write their indices."""
         # Another process may have made them while this one waited for the lock.
@@ -74,7 +79,7 @@ class IndexCache:
         num_processes = min(len(missing), len(os.sched_getaffinity(0)))
         with contextlib.ExitStack() as stack:
             scans: Iterator[ShardIndex] = map(scan_file, [self.shards[i] for i in missing])
-            if num_processes > 1 and sum(self.sizes[i] for i in missing) > POOL_BYTES:
+            if num_processes > 1 and sum(self.states[i][0] for i in missing) > POOL_BYTES:
                 pool = stack.enter_context(ProcessPoolExecutor(num_processes))
                 scans = iter(pool.map(scan_file, [self.shards[i] for i in missing]))
             for i, index in zip(missing, scans, strict=True):
@@ -99,10 +104,8 @@ class IndexCache:
         Raises:
             OSError: the shard is not what it was at the start.
         """
-        path = self.shards[shard]
-        if _index_name(path, *_state(path)) != self.paths[shard].name:
-            raise OSError(f"{path} was changed since the run began")
-        index = scan_file(path)
+        self.check_unchanged(shard)
+        index = scan_file(self.shards[shard])
         with contextlib.suppress(OSError):
             write_index(self.paths[shard], index)
         return index

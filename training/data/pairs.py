@@ -55,11 +55,13 @@ class Pairs(ABC):
 
 
 def check_caption(caption: Any) -> str:
-    """Return a caption that training can use.
+    """Return a caption that training can use; numbers become text.
 
     Raises:
-        ValueError: it is not text, empty, too long, or no valid Unicode.
+        ValueError: it is neither text nor a number, empty, too long, or no valid Unicode.
     """
+    if isinstance(caption, (bool, int, float)):
+        caption = str(caption)
     if not isinstance(caption, str) or not caption.strip():
         raise ValueError(f"the caption is {str(caption)[:50]!r}; it must be text that is not empty")
     if len(caption) > MAX_CAPTION_CHARACTERS:
@@ -72,12 +74,13 @@ def check_caption(caption: Any) -> str:
 
 
 def usable_captions(captions: Iterator[Any]) -> Iterator[str]:
-    """Iterate over the captions that pass `check_caption`."""
-    for caption in captions:
-        try:
-            yield check_caption(caption)
-        except ValueError:
-            continue  # training lists it when it reaches this pair
+    """Iterate over the captions that pass `check_caption`, and over those in lists."""
+    for value in captions:
+        for caption in value if isinstance(value, (list, tuple)) else [value]:
+            try:
+                yield check_caption(caption)
+            except ValueError:
+                continue  # training lists it when it reaches this pair
 
 
 def check_columns(config: DataConfig, source: str, examples: Mapping[str, Any]) -> None:

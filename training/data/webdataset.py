@@ -154,6 +154,7 @@ class TarPairs(Pairs):
         if shard not in self.files:
             if len(self.files) >= MAX_OPEN_FILES:
                 self.files.pop(next(iter(self.files))).close()
+            self.index.check_unchanged(shard)  # or pairs would be read at places of other files
             self.files[shard] = LocalFile(self.shards[shard])
         return self.files[shard]
 
