@@ -130,6 +130,9 @@ class DataConfig:
     )
     shuffle_buffer: int = setting(10_000, "Pairs in the shuffle buffer, with shuffle shards.", ge=1)
     train_split: str = setting("train", "Split of a data set that has several.")
+    csv_separator: str | None = setting(
+        None, "Separator of CSV and TSV files; by default the one that gives the columns."
+    )
     image_column: str = setting("image", "Column with the images.")
     caption_column: str = setting("caption", "Column with the captions.")
     further_caption_columns: list[str] = setting(

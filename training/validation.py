@@ -38,7 +38,7 @@ def validation_loss(
     plain = dataclasses.replace(arguments, augmentation=PLAIN, keywords_column=None, alternative_captions_column=None)
     keys = [(0, int(index)) for index in held_out(len(pairs), arguments.validation_samples)]
     loader = DataLoader(
-        PairDataset(pairs, plain, image_size),
+        PairDataset(pairs, plain, image_size, replacements=[index for _, index in keys]),
         arguments.per_device_train_batch_size,
         sampler=keys,
         collate_fn=collator,

@@ -10,23 +10,28 @@ A pair that cannot be used is listed and replaced by another one, drawn with the
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.images_amorlip import open_image
 from training.config import PretrainConfig
 from training.data.collate import BadSample, Collator, Sample
 from training.data.mixture import Mixture
-from training.data.order import PairSampler
+from training.data.order import Complement, EpochOrder, PairSampler
+from training.data.pairs import check_caption
 from training.data.transforms import augment
 
 
-MAX_CAPTION_CHARACTERS = 100_000
 MAX_REPLACEMENTS = 100
+MAX_PREFETCH_FACTOR = 4
+SHARED_MEMORY = "/dev/shm"
 
 
 class PairDataset(Dataset):
@@ -36,17 +41,26 @@ class PairDataset(Dataset):
         pairs: the pairs to read.
         config: names of columns, augmentation, seed and limits.
         image_size: height and width of the images returned.
+        replacements: indices that replacements of bad pairs are drawn from; None allows all pairs. Held-out pairs must
+            not replace training pairs, nor the other way round.
     """
 
-    def __init__(self, pairs: Mixture, config: PretrainConfig, image_size: int):
+    def __init__(
+        self,
+        pairs: Mixture,
+        config: PretrainConfig,
+        image_size: int,
+        replacements: Complement | Sequence[int] | np.ndarray | None = None,
+    ):
         self.pairs, self.config, self.image_size = pairs, config, image_size
+        self.replacements = range(len(pairs)) if replacements is None else replacements
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        replacements = random.Random(f"{self.config.seed}/{epoch}/{index}/substitute")
+        generator = random.Random(f"{self.config.seed}/{epoch}/{index}/substitute")
         bad_samples: list[BadSample] = []
         for _ in range(MAX_REPLACEMENTS):
             try:
@@ -54,7 +68,7 @@ class PairDataset(Dataset):
                 return Sample(pixels, caption, index, bad_samples)
             except Exception as error:  # decoders raise any kind of error for damaged files
                 bad_samples.append(self._describe_failure(index, error))
-                index = replacements.randrange(len(self.pairs))
+                index = int(self.replacements[generator.randrange(len(self.replacements))])
         # The collator reports a batch with an empty image as lost, which stops the run.
         return Sample(torch.empty(0), "", index, bad_samples)
 
@@ -71,25 +85,31 @@ class PairDataset(Dataset):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), self._draw_caption(row, generator)
 
     def _draw_caption(self, row: dict[str, Any], generator: random.Random) -> str:
-        caption = self._choose_caption(row, generator)
-        if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f"the caption is {str(caption)[:50]!r}; it must be text that is not empty")
-        if len(caption) > MAX_CAPTION_CHARACTERS:
-            raise ValueError(f"the caption has {len(caption)} characters")
-        keywords = row.get(self.config.keywords_column) if self.config.keywords_column else None
+        caption = check_caption(self._choose_caption(row, generator))
+        keywords = self._list(row, self.config.keywords_column)
         if keywords and generator.random() < self.config.keywords_probability:
             parts = [caption, *generator.sample(keywords, k=min(len(keywords), generator.randint(1, 3)))]
             generator.shuffle(parts)
             caption = ", ".join(parts)
-        return caption
+        return check_caption(caption)
 
     def _choose_caption(self, row: dict[str, Any], generator: random.Random) -> Any:
-        column = self.config.alternative_captions_column
-        alternatives = row.get(column) if column else None
-        if alternatives:
+        if alternatives := self._list(row, self.config.alternative_captions_column):
             return generator.choice(alternatives)
         columns = [self.config.caption_column, *self.config.further_caption_columns]
-        return row.get(generator.choice(columns) if len(columns) > 1 else columns[0])
+        caption = row.get(generator.choice(columns) if len(columns) > 1 else columns[0])
+        return generator.choice(caption) if isinstance(caption, (list, tuple)) and caption else caption
+
+    def _list(self, row: dict[str, Any], column: str | None) -> Sequence[Any] | None:
+        """Return a column of lists; None if there is none.
+
+        Raises:
+            ValueError: the value is something else, of which drawing would take single letters.
+        """
+        value = row.get(column) if column else None
+        if value is not None and not isinstance(value, (list, tuple)):
+            raise ValueError(f"{column} is {str(value)[:50]!r}; it must be a list of texts")
+        return value
 
 
 def make_dataloader(
@@ -97,14 +117,50 @@ def make_dataloader(
 ) -> DataLoader:
     """Return a loader of this process's batches, from the sampler's first step on.
 
-    `config.dataloader_num_workers` processes decode the images.
+    `config.dataloader_num_workers` processes decode the images. Replacements of bad pairs are drawn from the pairs that
+    the sampler's order contains.
+
+    Raises:
+        UserError: the batches that workers hold ready do not fit the shared memory.
     """
+    excluded = sampler.order.excluded if isinstance(sampler.order, EpochOrder) else ()
+    num_workers = config.dataloader_num_workers
     return DataLoader(
-        PairDataset(pairs, config, image_size),
+        PairDataset(pairs, config, image_size, Complement(len(pairs), excluded)),
         batch_sampler=sampler,
         collate_fn=collator,
-        num_workers=config.dataloader_num_workers,
+        num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if config.dataloader_num_workers else None,
+        prefetch_factor=choose_prefetch_factor(config, image_size) if num_workers else None,
         generator=torch.Generator(),  # otherwise iterating draws from the global generator, which checkpoints restore
     )
+
+
+def choose_prefetch_factor(config: PretrainConfig, image_size: int) -> int:
+    """Return how many batches each worker holds ready, as many as the shared memory has room for.
+
+    Raises:
+        UserError: there is no room for one; workers would stop and the run would hang.
+    """
+    free = _free_shared_memory()
+    batch = config.per_device_train_batch_size * 3 * image_size**2
+    num_workers = config.dataloader_num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    for prefetch_factor in range(MAX_PREFETCH_FACTOR, 0, -1):
+        # One more batch of each worker is being read.
+        if free is None or num_workers * (prefetch_factor + 1) * batch <= free:
+            return prefetch_factor
+    needed = 2 * num_workers * batch
+    raise UserError(
+        f"{SHARED_MEMORY} has {(free or 0) / 2**20:.0f} MB free; the batches of {num_workers} workers need "
+        f"{needed / 2**20:.0f} MB. Enlarge it (docker run --shm-size=16g), or lower dataloader_num_workers (0 needs "
+        "none) or per_device_train_batch_size."
+    )
+
+
+def _free_shared_memory() -> int | None:
+    """Return the free bytes of the shared memory; None where there is none."""
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return None
+    return status.f_bavail * status.f_frsize

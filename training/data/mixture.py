@@ -11,8 +11,10 @@ import numpy as np
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
 from training.data.pairs import Pairs
-from training.data.remote import expand
-from training.data.tables import TABLE_LOADERS, TablePairs, load_table
+from training.data.patterns import expand, is_tar
+from training.data.remote import download, is_remote
+from training.data.table_files import TABLE_LOADERS, load_table
+from training.data.tables import TablePairs
 from training.data.webdataset import TarPairs
 
 
@@ -35,14 +37,15 @@ def open_source(source: str, config: DataConfig) -> Pairs:
     Raises:
         UserError: see `open_pairs`.
     """
-    files = expand(source)
-    if files and all(name.endswith(".tar") for name in files):
+    files = download(source) if is_remote(source) else expand(source)
+    if files and all(is_tar(name) for name in files):
         return TarPairs(files, source, config)
     if len(files) > 1 or files != [source]:
-        suffixes = {Path(name).suffix for name in files}
+        suffixes = {Path(name).suffix.lower() for name in files}
         if len(suffixes) != 1 or not suffixes <= set(TABLE_LOADERS):
             raise UserError(f"train_data {source}: files must be all .tar or all of one of {', '.join(TABLE_LOADERS)}.")
-    return TablePairs(load_table(source, files, config.train_split), source, config)
+    table = load_table(source, files, config)
+    return TablePairs(table.rows, source, config, table.folder, table.notes)
 
 
 class Mixture:
@@ -75,6 +78,10 @@ class Mixture:
     def column(self, name: str) -> list[Any]:
         """Return the values of a column, one per pair."""
         return [value for part in self.parts for value in part.column(name)]
+
+    def report(self) -> list[str]:
+        """Return a line per source on what it holds, and what of it is left out for which reason."""
+        return [part.report() for part in self.parts]
 
     def _locate(self, index: int) -> tuple[Pairs, int]:
         part = int(np.searchsorted(self.starts, index, side="right")) - 1

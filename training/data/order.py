@@ -14,6 +14,30 @@ from training.config import PretrainConfig
 from training.data.mixture import Mixture
 
 
+MAX_LOOKAHEAD = 8  # global batches of pairs that wait for a batch without their group
+
+
+class Complement(Sequence[int]):
+    """The indices 0 to length - 1 without some of them, in order, with random access.
+
+    Args:
+        length: number of indices before exclusion.
+        excluded: indices left out.
+    """
+
+    def __init__(self, length: int, excluded: np.ndarray | Sequence[int] = ()):
+        self.excluded = np.unique(np.asarray(excluded, np.int64))
+        self.length = length - len(self.excluded)
+        self._shifted = self.excluded - np.arange(len(self.excluded))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, position: Any) -> Any:
+        """Return the index at a position, or the indices at an array of positions."""
+        return position + np.searchsorted(self._shifted, position, side="right")
+
+
 class EpochOrder:
     """Map an epoch to the indices of its pairs, in order (int64 [len(self)]).
 
@@ -29,7 +53,7 @@ class EpochOrder:
     """
 
     def __init__(self, pairs: Mixture, config: PretrainConfig, excluded: np.ndarray | Sequence[int] = ()):
-        self.config = config
+        self.config, self.excluded = config, np.sort(np.asarray(excluded, np.int64))
         self.sources: list[list[np.ndarray]] = []  # the indices of each shard of each source
         start = 0
         for part in pairs.parts:
@@ -139,20 +163,25 @@ class PairSampler(Sampler):
             yield order[step * size : (step + 1) * size].tolist()
 
     def _grouped_batches(self, order: np.ndarray, groups: Sequence[Any]) -> Iterator[list[int]]:
-        """Iterate over batches in which a group occurs once, unless too few pairs remain.
+        """Iterate over batches in which a group occurs once, unless too few other pairs are near.
 
-        A pair whose group already occurs in the batch is deferred to the next batch, where it comes first.
+        A pair whose group already occurs in the batch is deferred to the next batch, where it comes first. When more
+        than `MAX_LOOKAHEAD` batches are deferred, the batch takes some of them, so that a frequent group costs no
+        search of the whole epoch. Pairs without a group (None) go with all others.
         """
         waiting = deque(order.tolist())
+        max_deferred = MAX_LOOKAHEAD * self.global_batch_size
         for _ in range(self.steps_per_epoch):
             batch: list[int] = []
-            batch_groups, deferred = set(), []
-            while waiting and len(batch) < self.global_batch_size:
+            deferred: list[int] = []
+            batch_groups = set()
+            while waiting and len(batch) < self.global_batch_size and len(deferred) < max_deferred:
                 index = waiting.popleft()
-                if groups[index] in batch_groups:
+                group = groups[index]
+                if group is not None and group in batch_groups:
                     deferred.append(index)
                 else:
-                    batch_groups.add(groups[index])
+                    batch_groups.add(group)
                     batch.append(index)
             shortfall = self.global_batch_size - len(batch)
             batch += deferred[:shortfall]

@@ -1,10 +1,16 @@
-"""The interface of a source of image-text pairs."""
+"""The interface of a source of image-text pairs, and the checks that all sources share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from modeling_amorlip.cli_amorlip import UserError
+from training.config import DataConfig
+
+
+MAX_CAPTION_CHARACTERS = 100_000
 
 
 class Pairs(ABC):
@@ -37,12 +43,68 @@ class Pairs(ABC):
 
     @abstractmethod
     def captions(self) -> Iterator[str]:
-        """Iterate over all captions that are text."""
+        """Iterate over the captions that training can use, without reading images."""
 
     @abstractmethod
     def column(self, name: str) -> list[Any]:
-        """Return the values of a column, one per pair.
+        """Return the values of a column, one per pair, without reading images; None where a pair lacks it."""
 
-        Raises:
-            UserError: the source has no such column.
-        """
+    def report(self) -> str:
+        """Return a line on what the source holds, and what of it is left out for which reason."""
+        return f"{self.source}: {len(self)} pairs"
+
+
+def check_caption(caption: Any) -> str:
+    """Return a caption that training can use; numbers become text.
+
+    Raises:
+        ValueError: it is neither text nor a number, empty, too long, or no valid Unicode.
+    """
+    if isinstance(caption, (bool, int, float)):
+        caption = str(caption)
+    if not isinstance(caption, str) or not caption.strip():
+        raise ValueError(f"the caption is {str(caption)[:50]!r}; it must be text that is not empty")
+    if len(caption) > MAX_CAPTION_CHARACTERS:
+        raise ValueError(f"the caption has {len(caption)} characters")
+    try:
+        caption.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the caption is not valid Unicode: {error.reason} at character {error.start}") from None
+    return caption
+
+
+def usable_captions(captions: Iterator[Any]) -> Iterator[str]:
+    """Iterate over the captions that pass `check_caption`, and over those in lists."""
+    for value in captions:
+        for caption in value if isinstance(value, (list, tuple)) else [value]:
+            try:
+                yield check_caption(caption)
+            except ValueError:
+                continue  # training lists it when it reaches this pair
+
+
+def check_columns(config: DataConfig, source: str, examples: Mapping[str, Any]) -> None:
+    """Refuse columns that a source lacks, or whose values are of another type than their use needs.
+
+    Args:
+        config: names of columns.
+        source: the entry of `train_data`, for the message.
+        examples: a value of each column of the source; None where all values are missing.
+
+    Raises:
+        UserError: naming the setting, the column and the way out.
+    """
+    fields = ("image_column", "caption_column", "alternative_captions_column", "keywords_column", "group_column")
+    columns = [(field, getattr(config, field)) for field in fields]
+    columns += [("further_caption_columns", name) for name in config.further_caption_columns]
+    for field, column in columns:
+        if column is None:
+            continue
+        if column not in examples:
+            raise UserError(f"{field} {column!r} is not in {source}; its columns: {sorted(examples)}.")
+        value = examples[column]
+        if field in ("alternative_captions_column", "keywords_column") and not isinstance(value, (list, type(None))):
+            kind = "text" if isinstance(value, str) else type(value).__name__
+            raise UserError(f"{field} {column!r} of {source} holds {kind}; it must hold lists of texts.")
+        if field == "group_column" and isinstance(value, (list, dict, bytes)):
+            raise UserError(f"{field} {column!r} of {source} holds {type(value).__name__}s, not single values.")

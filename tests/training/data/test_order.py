@@ -11,7 +11,7 @@ from tests.helpers.checkout import pretrain
 from tests.helpers.shards import PLAIN, make_config
 from training.data.dataset import make_dataloader
 from training.data.mixture import open_pairs
-from training.data.order import EpochOrder, PairSampler
+from training.data.order import MAX_LOOKAHEAD, Complement, EpochOrder, PairSampler
 
 
 def collect_ids(samples):
@@ -74,6 +74,34 @@ def test_weights_and_samples_per_epoch(forms):
     assert set(np.unique(indices[indices < 100], return_counts=True)[1]) == {1, 2}
     with pytest.raises(UserError, match="above 0"):
         make_config(source, train_data_weights=[1, 0])
+
+
+def test_complement_is_the_sorted_rest():
+    generator = np.random.default_rng(0)
+    for length in (1, 2, 10, 50):
+        for count in (0, 1, length // 2, length):
+            excluded = generator.choice(length, count, replace=False)
+            rest = Complement(length, excluded)
+            assert rest[np.arange(len(rest))].tolist() == sorted(set(range(length)) - set(excluded.tolist()))
+
+
+class CountedGroups(list):
+    """Groups that count how often they are looked at."""
+
+    looks = 0
+
+    def __getitem__(self, index):
+        self.looks += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("frequent", [None, "frequent"])
+def test_a_frequent_group_costs_a_bounded_search(frequent):
+    groups = CountedGroups(frequent if i % 20 else i for i in range(20_000))
+    sampler = PairSampler(lambda epoch: np.arange(20_000), 20_000, 50, 2, 0, groups)
+    batches = list(sampler.batches(0))
+    assert sorted(sum(batches, [])) == list(range(20_000))
+    assert groups.looks <= 20_000 * (1 + MAX_LOOKAHEAD)
 
 
 @pytest.mark.e2e

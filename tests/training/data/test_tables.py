@@ -1,0 +1,225 @@
+"""Tables in all the forms that people have; nothing is lost in silence and every refusal says why."""
+
+import base64
+import io
+import json
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from modeling_amorlip.cli_amorlip import UserError
+from tests.helpers.shards import make_config
+from training.data.csv_rows import read_rows
+from training.data.dataset import PairDataset
+from training.data.mixture import open_pairs
+
+
+def encode(color, form="PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(buffer, form)
+    return buffer.getvalue()
+
+
+COLORS = ["red", "green", "blue", "white"]
+FILES = [encode(color) for color in COLORS]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four images, 0.png to 3.png."""
+    for i, content in enumerate(FILES):
+        (tmp_path / f"{i}.png").write_bytes(content)
+    return tmp_path
+
+
+def captions_of(path, **changes) -> list[str]:
+    """Return the captions that training draws, after decoding every image."""
+    config = make_config(path, **changes)
+    dataset = PairDataset(open_pairs(config), config, 8)
+    samples = [dataset[0, i] for i in range(len(dataset))]
+    assert not any(sample.bad_samples for sample in samples)
+    return [sample.caption for sample in samples]
+
+
+def write_parquet(path, images, captions, **columns):
+    datasets.Dataset.from_dict({"image": images, "caption": captions, **columns}).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("name, separator", [("a.tsv", "\t"), ("a.csv", "\t"), ("a.csv", ","), ("a.csv", ";")])
+def test_separators_are_found(folder, name, separator):
+    lines = [f"{i}.png{separator}a {color}" for i, color in enumerate(COLORS)]
+    (folder / name).write_text("\n".join([f"filepath{separator}title", *lines]))
+    assert captions_of(folder / name) == [f"a {color}" for color in COLORS]
+
+
+def test_a_separator_may_be_given(folder):
+    (folder / "a.csv").write_text("image:caption\n0.png:a\n1.png:b\n")
+    assert captions_of(folder / "a.csv", csv_separator=":") == ["a", "b"]
+    with pytest.raises(UserError, match="image_column 'image' is not in .*; its columns: .'image:caption'"):
+        open_pairs(make_config(folder / "a.csv"))
+
+
+@pytest.mark.parametrize("separator", ["\t", ","])
+def test_quotation_marks_swallow_no_rows(folder, separator):
+    captions = ['"hill star', 'star" hill', '"', 'a 5" disk', '"all quoted"', '"two" halves "', '"last', 'end"']
+    lines = [f"{i % 4}.png{separator}{caption}" for i, caption in enumerate(captions)]
+    (folder / "a.csv").write_text("\n".join([f"image{separator}caption", *lines]) + "\n")
+    captions[4] = "all quoted"
+    assert captions_of(folder / "a.csv") == captions
+
+
+def test_quoted_fields_are_read_as_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('image,caption,x\n"a,1.png","two\nlines, ""quoted""",1\nb.png,,\n\nc.png,"",z\n')
+    assert list(read_rows(str(path), ",")) == [
+        ["image", "caption", "x"],
+        ["a,1.png", 'two\nlines, "quoted"', "1"],
+        ["b.png", "", ""],
+        ["c.png", "", "z"],
+    ]
+
+
+def test_captions_are_text_whatever_they_look_like(folder):
+    captions = ["None", "NA", "null", "1.50"]
+    (folder / "a.csv").write_text("image,caption\n" + "".join(f"{i}.png,{c}\n" for i, c in enumerate(captions)))
+    assert captions_of(folder / "a.csv") == captions
+    write_parquet(folder / "a.parquet", FILES, [1, 2, 30, 4])
+    assert captions_of(folder / "a.parquet") == ["1", "2", "30", "4"]
+    write_parquet(folder / "b.parquet", FILES, [True, False, True, True])
+    assert captions_of(folder / "b.parquet") == ["True", "False", "True", "True"]
+
+
+def test_unreadable_files_name_the_cause(folder):
+    (folder / "a.csv").write_bytes("image,caption\n0.png,café\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"is not UTF-8 \(line 2: byte 0xe9\): .* iconv -f latin1"):
+        open_pairs(make_config(folder / "a.csv"))
+    (folder / "b.csv").write_text("image,caption\n0.png,a\n", encoding="utf-16")
+    with pytest.raises(UserError, match="is UTF-16, not UTF-8"):
+        open_pairs(make_config(folder / "b.csv"))
+    path = write_parquet(folder / "a.parquet", FILES, COLORS)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match="Parquet magic bytes not found"):
+        open_pairs(make_config(path))
+
+
+def test_rows_with_other_numbers_of_fields_are_listed(folder):
+    (folder / "a.csv").write_text("image,caption\n0.png,a\n1.png,b,c\n2.png\n3.png,d\n")
+    config = make_config(folder / "a.csv")
+    dataset = PairDataset(open_pairs(config), config, 8)
+    assert len(dataset) == 4 and [bool(dataset[0, i].bad_samples) for i in range(4)] == [False, True, True, False]
+    assert "the image is 'None'" in dataset[0, 1].bad_samples[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        FILES,
+        [{"bytes": file, "path": None} for file in FILES],
+        [list(file) for file in FILES],
+        [np.frombuffer(file, np.uint8) for file in FILES],
+        [base64.b64encode(file).decode() for file in FILES],
+        [base64.urlsafe_b64encode(file).decode().rstrip("=") for file in FILES],
+        [f"data:image/png;base64,{base64.b64encode(file).decode()}" for file in FILES],
+        [f"{i}.png" for i in range(4)],
+        [{"path": f"{i}.png"} for i in range(4)],
+    ],
+    ids=["bytes", "struct", "list", "uint8", "base64", "urlsafe", "data_url", "relative", "struct_path"],
+)
+def test_images_in_every_form(folder, images):
+    path = write_parquet(folder / "a.parquet", images, COLORS)
+    config = make_config(path)
+    dataset = PairDataset(open_pairs(config), config, 8)
+    for i, color in enumerate(COLORS):
+        sample = dataset[0, i]
+        assert not sample.bad_samples and sample.caption == color
+        assert sample.image[:, 4, 4].tolist() == list(Image.new("RGB", (1, 1), color).getpixel((0, 0)))
+
+
+def test_paths_lie_beside_the_table_first(folder, tmp_path_factory, monkeypatch):
+    other = tmp_path_factory.mktemp("other")
+    (other / "0.png").write_bytes(encode("black"))
+    (other / "9.png").write_bytes(encode("black"))
+    monkeypatch.chdir(other)
+    (folder / "a.csv").write_text("image,caption\n0.png,a\n9.png,b\n")
+    pairs = open_pairs(make_config(folder / "a.csv"))
+    assert pairs[0]["image"] == str(folder / "0.png") and pairs[1]["image"] == "9.png"
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (["https://example.org/0.png"] * 4, "holds URLs .*img2dataset"),
+        ([[{"bytes": file}] for file in FILES], "holds lists of dicts; it must hold one image per row"),
+        ([1, 2, 3, 4], "holds ints; it must hold paths or encoded images"),
+    ],
+)
+def test_images_in_other_forms_are_refused(tmp_path, images, message):
+    with pytest.raises(UserError, match=message):
+        open_pairs(make_config(write_parquet(tmp_path / "a.parquet", images, COLORS)))
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"keywords_column": "caption"}, "keywords_column 'caption' .* holds text; it must hold lists of texts"),
+        ({"alternative_captions_column": "kind"}, "holds text; it must hold lists of texts"),
+        ({"group_column": "tags"}, "holds lists, not single values"),
+        ({"group_column": "knd"}, "group_column 'knd' is not in"),
+        ({"caption_column": "image"}, "every caption must be text"),
+        ({"train_split": "test"}, None),
+    ],
+)
+def test_columns_are_checked(tmp_path, setting, message):
+    path = write_parquet(tmp_path / "a.parquet", FILES, COLORS, kind=list("abcd"), tags=[["a"]] * 4)
+    if message is None:
+        assert len(open_pairs(make_config(path, **setting))) == 4
+    else:
+        with pytest.raises(UserError, match=message):
+            open_pairs(make_config(path, **setting))
+
+
+def test_a_column_of_caption_lists_draws_one(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", FILES, [[f"{c} {i}" for i in range(5)] for c in COLORS])
+    config = make_config(path)
+    pairs = open_pairs(config)
+    dataset = PairDataset(pairs, config, 8)
+    assert {dataset[epoch, 2].caption for epoch in range(50)} == {f"blue {i}" for i in range(5)}
+    assert len(list(pairs.captions())) == 20
+
+
+def test_coco_captions(folder):
+    images = [{"id": 10 + i, "file_name": f"{i}.png"} for i in range(4)]
+    annotations = [{"image_id": 10 + i % 3, "caption": f"caption {i}"} for i in range(9)]
+    (folder / "annotations").mkdir()
+    (folder / "train2017").mkdir()
+    for i in range(4):
+        (folder / f"{i}.png").rename(folder / f"train2017/{i}.png")
+    path = folder / "annotations/captions.json"
+    path.write_text(json.dumps({"info": {}, "images": images, "annotations": annotations}))
+    pairs = open_pairs(make_config(path))
+    assert len(pairs) == 3 and pairs[1]["caption"] == ["caption 1", "caption 4", "caption 7"]
+    assert "ignored: 1 images without a caption" in pairs.report()[0]
+    assert captions_of(path)[0] in ("caption 0", "caption 3", "caption 6")
+
+
+def test_images_with_texts_beside_them(folder):
+    for i in range(3):
+        (folder / f"{i}.txt").write_text(f"a {COLORS[i]}\n")
+    (folder / "9.txt").write_text("alone")
+    assert captions_of(folder) == ["a red", "a green", "a blue"]
+    line = open_pairs(make_config(folder)).report()[0]
+    assert "1 images without a caption, 1 captions without an image" in line
+
+
+def test_splits_of_saved_sets_are_checked(tmp_path):
+    rows = datasets.Dataset.from_dict({"image": FILES, "caption": COLORS})
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "two")
+    assert len(open_pairs(make_config(tmp_path / "one"))) == 4
+    assert len(open_pairs(make_config(tmp_path / "two", train_split="test"))) == 1
+    for name in ("one", "two"):
+        with pytest.raises(UserError, match="train_split 'nosuch' is not in"):
+            open_pairs(make_config(tmp_path / name, train_split="nosuch"))

@@ -1,0 +1,164 @@
+"""Pairs of tars: nothing is lost in silence, captions are read without images, and the index survives damage."""
+
+import json
+import os
+import pickle
+import stat
+
+import pytest
+
+import training.data.index_cache
+from modeling_amorlip.cli_amorlip import UserError
+from tests.helpers.shards import make_config, write_tar
+from training.data.index_cache import IndexCache
+from training.data.mixture import open_pairs
+from training.data.tar_index import LocalFile
+from training.data.webdataset import TarPairs
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache of indices."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(training.data.index_cache, "HF_HOME", str(folder))
+    return folder / "amorlip"
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two shards of three pairs, whose json holds captions, lists, texts and groups."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(2):
+        members = []
+        for i in range(3):
+            about = {"caption": f"json {shard}{i}", "tags": ["a", "b"], "kind": "c", "parts": {"d": 1}}
+            members += [(f"{i}.png", bytes([shard, i]) * 3000), (f"{i}.txt", f"text {shard}{i}".encode())]
+            members.append((f"{i}.json", json.dumps(about).encode()))
+        write_tar(folder / f"{shard}.tar", members)
+    return folder
+
+
+def test_pairs_have_their_columns_and_keys(shards):
+    pairs = open_pairs(make_config(shards, keywords_column="tags"))
+    row = pairs[4]
+    assert row["image"] == bytes([1, 1]) * 3000 and row["caption"] == "text 11" and row["tags"] == ["a", "b"]
+    assert pairs.describe(4) == ("1", str(shards / "1.tar"))
+    assert list(pairs.captions()) == [f"text {s}{i}" for s in range(2) for i in range(3)]
+    assert pairs.column("kind") == ["c"] * 6
+    (line,) = pairs.report()
+    assert line == f"{shards}: 6 pairs in 2 shards"
+
+
+def test_captions_and_columns_are_read_without_images(shards, monkeypatch):
+    pairs = open_pairs(make_config(shards, keywords_column="tags"))
+    lengths = []
+    read = LocalFile.read
+    monkeypatch.setattr(LocalFile, "read", lambda file, *place: lengths.append(place[1]) or read(file, *place))
+    assert len(list(pairs.captions())) == len(pairs.column("kind")) == 6
+    assert max(lengths) < 100
+
+
+def test_the_report_counts_what_is_left_out(shards):
+    write_tar(shards / "2.tar", [("a.jpg", b""), ("b.txt", b""), ("c.npy", b""), ("d.jpg", b""), ("d.txt", b"d")])
+    content = (shards / "1.tar").read_bytes()
+    (shards / "1.tar").write_bytes(content[:6000])
+    (line,) = open_pairs(make_config(shards)).report()
+    assert "4 pairs in 3 shards" in line and "1 damaged shard" in line and f"{shards / '1.tar'}: cut off" in line
+    for cause in ("1 images without a caption", "1 captions without an image", "1 .npy members"):
+        assert cause in line
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"group_column": "concpt"}, "group_column 'concpt' is not in .*; its columns: .'caption', 'image', 'kind'"),
+        ({"keywords_column": "tag"}, "keywords_column 'tag' is not in"),
+        ({"caption_column": "captions"}, "caption_column 'captions' is not in"),
+        ({"further_caption_columns": ["alt"]}, "further_caption_columns 'alt' is not in"),
+        ({"keywords_column": "kind"}, "keywords_column 'kind' .* holds text; it must hold lists of texts"),
+        ({"alternative_captions_column": "caption"}, "holds text; it must hold lists of texts"),
+        ({"group_column": "tags"}, "group_column 'tags' .* holds lists, not single values"),
+    ],
+)
+def test_mistyped_columns_are_refused(shards, setting, message):
+    with pytest.raises(UserError, match=message):
+        open_pairs(make_config(shards, **setting))
+
+
+def test_tars_without_pairs_are_refused_with_the_causes(tmp_path):
+    write_tar(tmp_path / "0.tar", [("a.jpg", b"a"), ("b.txt", b"b")])
+    with pytest.raises(UserError, match="has no pairs .*: 1 captions without an image, 1 images without a caption"):
+        open_pairs(make_config(tmp_path))
+
+
+def test_the_index_is_made_once_and_again_when_a_shard_changes(shards, cache, monkeypatch):
+    scans = []
+    scan = training.data.index_cache.scan_file
+    monkeypatch.setattr(training.data.index_cache, "scan_file", lambda path: scans.append(path) or scan(path))
+    paths = [str(shards / f"{i}.tar") for i in range(2)]
+    IndexCache(paths)
+    assert len(list(cache.glob("*.idx"))) == len(scans) == 2
+    IndexCache(paths)
+    assert len(scans) == 2
+    write_tar(shards / "1.tar", [("x.png", b"x"), ("x.txt", b"x")])
+    assert [summary.num_pairs for summary in IndexCache(paths).summaries] == [3, 1]
+    assert scans[2:] == [paths[1]]
+
+
+@pytest.mark.parametrize("harm", ["cut", "empty", "flipped start", "flipped pair", "foreign"])
+def test_a_damaged_index_is_made_again(shards, cache, harm):
+    expected = [open_pairs(make_config(shards))[i] for i in range(6)]
+    for path in cache.glob("*.idx"):
+        content = bytearray(path.read_bytes())
+        if harm == "cut":
+            content = content[:-5]
+        elif harm == "foreign":
+            content = b"something else" * 100
+        elif harm == "empty":
+            content = b""
+        else:
+            content[20 if harm == "flipped start" else -40] ^= 1
+        path.write_bytes(content)
+    pairs = open_pairs(make_config(shards))
+    assert [pairs[i] for i in range(6)] == expected
+    again = IndexCache([str(shards / "0.tar")])
+    assert again[0].member(0, "text")[1] == len("text 00") and not again._in_memory
+
+
+def test_an_unwritable_cache_is_told_and_done_without(shards, cache, monkeypatch):
+    cache.parent.write_text("a file where the folder would be")
+    pairs = open_pairs(make_config(shards))
+    assert "indices stay in memory" in pairs.report()[0]
+    copy = pickle.loads(pickle.dumps(pairs))
+    assert [copy[i]["caption"] for i in range(6)] == [pairs[i]["caption"] for i in range(6)]
+
+
+def test_workers_receive_nothing_per_pair(tmp_path):
+    sizes = []
+    for number in (10, 1000):
+        path = tmp_path / f"{number}.tar"
+        write_tar(path, [(f"{i}.{e}", b"x") for i in range(number) for e in ("png", "txt")])
+        pairs = TarPairs([str(path)], str(path), make_config(path))
+        sizes.append(len(pickle.dumps(pairs)))
+        assert pickle.loads(pickle.dumps(pairs))[number - 1]["caption"] == "x"
+    assert abs(sizes[1] - sizes[0]) < 50
+
+
+def test_a_shard_that_changes_after_the_start_fails_by_pair(shards, cache):
+    pairs = open_pairs(make_config(shards))
+    write_tar(shards / "0.tar", [("x.png", b"x"), ("x.txt", b"x")])
+    for damage in (False, True):
+        worker = pickle.loads(pickle.dumps(pairs))
+        if damage:
+            for path in cache.glob("*.idx"):
+                path.unlink()
+        with pytest.raises(OSError, match="was changed since the run began"):
+            worker[0]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_unreadable_shards_are_named(shards):
+    (shards / "0.tar").chmod(stat.S_IWUSR)
+    with pytest.raises(UserError, match="0.tar"):
+        open_pairs(make_config(shards))

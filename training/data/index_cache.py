@@ -1,0 +1,150 @@
+"""The indices of many tars: read from the cache, made once per node where they are missing, mapped when needed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HOME
+
+from modeling_amorlip.cli_amorlip import UserError
+from training.data.tar_index import LocalFile, ShardIndex, Summary, map_index, read_summary, scan_shard, write_index
+
+
+MAX_MAPPED = 1024
+POOL_BYTES = 2**28  # less than this is scanned sooner than processes start
+
+
+class IndexCache:
+    """Indices of shards.
+
+    In a data loader's worker, an index is mapped when the first of its pairs is read, so that workers receive the names
+    of shards and nothing per pair.
+
+    Args:
+        shards: the tars.
+
+    Attributes:
+        summaries: counts and damage of each shard; empty in a worker.
+        note: why the cache could not be written; None if it could.
+
+    Raises:
+        UserError: a shard does not exist or cannot be read.
+    """
+
+    def __init__(self, shards: Sequence[str]):
+        self.shards = list(shards)
+        self.states = [_state(shard) for shard in self.shards]
+        names = [_index_name(shard, *state) for shard, state in zip(self.shards, self.states, strict=True)]
+        self.paths = [cache_folder() / name for name in names]
+        self.note: str | None = None
+        self._in_memory: dict[int, ShardIndex] = {}
+        self._mapped: dict[int, ShardIndex] = {}
+        summaries = [read_summary(path) for path in self.paths]
+        if None in summaries:
+            with self._lock():
+                summaries = self._make_missing(summaries)
+        self.summaries: list[Summary] = [summary for summary in summaries if summary is not None]
+
+    def __getitem__(self, shard: int) -> ShardIndex:
+        """Return the index of a shard that has pairs."""
+        index = self._in_memory.get(shard) or self._mapped.get(shard)
+        if index is None:
+            if len(self._mapped) >= MAX_MAPPED:
+                self._mapped.pop(next(iter(self._mapped)))
+            index = map_index(self.paths[shard]) or self._make_again(shard)
+            self._mapped[shard] = index
+        return index
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mapped": {}, "summaries": []}
+
+    def check_unchanged(self, shard: int) -> None:
+        """Raise OSError if a shard is not what it was at the start."""
+        status = os.stat(self.shards[shard])
+        if (status.st_size, status.st_mtime_ns) != self.states[shard]:
+            raise OSError(f"{self.shards[shard]} was changed since the run began")
+
+    def _make_missing(self, summaries: list[Summary | None]) -> list[Summary | None]:
+        """Scan the shards whose index is missing, in several processes when they are large, and write their indices."""
+        # Another process may have made them while this one waited for the lock.
+        summaries = [summary or read_summary(path) for summary, path in zip(summaries, self.paths, strict=True)]
+        missing = [i for i, summary in enumerate(summaries) if summary is None]
+        num_processes = min(len(missing), len(os.sched_getaffinity(0)))
+        with contextlib.ExitStack() as stack:
+            scans: Iterator[ShardIndex] = map(scan_file, [self.shards[i] for i in missing])
+            if num_processes > 1 and sum(self.states[i][0] for i in missing) > POOL_BYTES:
+                pool = stack.enter_context(ProcessPoolExecutor(num_processes))
+                scans = iter(pool.map(scan_file, [self.shards[i] for i in missing]))
+            for i, index in zip(missing, scans, strict=True):
+                summaries[i] = index.summary
+                self._keep(i, index)
+        return summaries
+
+    def _keep(self, shard: int, index: ShardIndex) -> None:
+        """Write an index to the cache, or keep it in memory if the cache cannot be written."""
+        if self.note is None:
+            try:
+                self.paths[shard].parent.mkdir(parents=True, exist_ok=True)
+                write_index(self.paths[shard], index)
+                return
+            except OSError as error:
+                self.note = f"{self.paths[shard].parent} cannot be written ({error.strerror}): indices stay in memory"
+        self._in_memory[shard] = index
+
+    def _make_again(self, shard: int) -> ShardIndex:
+        """Return the index of a shard whose index file was damaged after the start.
+
+        Raises:
+            OSError: the shard is not what it was at the start.
+        """
+        self.check_unchanged(shard)
+        index = scan_file(self.shards[shard])
+        with contextlib.suppress(OSError):
+            write_index(self.paths[shard], index)
+        return index
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Let one process of a node make the indices while the others wait."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # without a lock each process makes its own
+                cache_folder().mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(cache_folder(), os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+
+
+def cache_folder() -> Path:
+    """Return the folder of index files."""
+    return Path(HF_HOME) / "amorlip"
+
+
+def scan_file(path: str) -> ShardIndex:
+    """Return the index of a tar file."""
+    file = LocalFile(path)
+    try:
+        return scan_shard(file)
+    finally:
+        file.close()
+
+
+def _state(shard: str) -> tuple[int, int]:
+    """Return size and modification time of a shard."""
+    try:
+        status = os.stat(shard)
+    except OSError as error:
+        raise UserError(f"train_data: {shard} cannot be read: {error.strerror}.") from None
+    return status.st_size, status.st_mtime_ns
+
+
+def _index_name(shard: str, size: int, time: int) -> str:
+    state = f"{os.path.abspath(shard)}\0{size}\0{time}"
+    return hashlib.sha256(state.encode("utf-8", "surrogateescape")).hexdigest()[:32] + ".idx"

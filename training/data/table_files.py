@@ -1,0 +1,214 @@
+"""Load tables: files, folders of images, saved data sets and data sets of the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from modeling_amorlip.cli_amorlip import UserError
+from training.config import DataConfig
+from training.data.csv_rows import find_separator, read_rows
+from training.data.tables import OPEN_CLIP_COLUMNS
+from training.data.tar_pairs import IMAGE_EXTENSIONS
+
+
+TABLE_LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+@dataclass
+class Table:
+    """A loaded table.
+
+    Attributes:
+        rows: the table.
+        folder: where relative paths of images begin.
+        notes: remarks on what was left out.
+    """
+
+    rows: datasets.Dataset
+    folder: Path
+    notes: tuple[str, ...] = ()
+
+
+def load_table(source: str, files: list[str], config: DataConfig) -> Table:
+    """Load the table that an entry of `train_data` names.
+
+    Args:
+        source: the entry.
+        files: the files that it stands for.
+        config: split, columns and separator.
+
+    Raises:
+        UserError: the source does not exist, cannot be read or has no rows.
+    """
+    path = Path(os.path.expanduser(source))
+    try:
+        if len(files) != 1 or Path(files[0]).is_file():
+            return _load_files(source, files, config)
+        if path.is_dir():
+            return _load_folder(path, source, config)
+        if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.suffix:
+            raise UserError(f"train_data {source}: there is no such file or folder.")
+        return Table(datasets.load_dataset(source, split=config.train_split), path.parent)
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises many kinds
+        if "corresponds to no data" in str(error):
+            raise UserError(f"train_data {source} has no rows.") from None
+        cause = find_root_cause(error)
+        if isinstance(cause, UserError):
+            raise cause from None
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+        raise UserError(f"train_data {source} (split {config.train_split!r}) cannot be read: {reason}") from None
+
+
+def find_root_cause(error: BaseException) -> BaseException:
+    """Return the first error of a chain, which says what is wrong with a file."""
+    while not isinstance(error, UserError):
+        cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if cause is None:
+            break
+        error = cause
+    return error
+
+
+def _load_files(source: str, files: list[str], config: DataConfig) -> Table:
+    suffix, split = Path(files[0]).suffix.lower(), config.train_split
+    folder = Path(files[0]).parent
+    if suffix not in TABLE_LOADERS:
+        raise UserError(f"train_data {source}: unknown kind of file; use .tar or one of {', '.join(TABLE_LOADERS)}.")
+    if TABLE_LOADERS[suffix] == "csv":
+        return Table(_load_csv(source, files, config), folder)
+    if suffix == ".json" and len(files) == 1 and (coco := _load_coco(files[0], config)) is not None:
+        return coco
+    return Table(datasets.load_dataset(TABLE_LOADERS[suffix], data_files={split: files}, split=split), folder)
+
+
+def _load_csv(source: str, files: list[str], config: DataConfig) -> datasets.Dataset:
+    """Load CSV and TSV files, converted to an Arrow table on the disk."""
+    separator = config.csv_separator
+    if separator is None:
+        columns = [{config.image_column, config.caption_column}, set(OPEN_CLIP_COLUMNS)]
+        separator = find_separator(files[0], columns) or ("\t" if files[0].lower().endswith(".tsv") else ",")
+    header = next(read_rows(files[0], separator), None)
+    if header is None:
+        raise UserError(f"train_data {source} has no rows.")
+    if len(set(header)) < len(header):
+        raise UserError(f"train_data {source}: the header names a column twice: {header}.")
+    # A change of size or time makes datasets convert the files again; it would take lists for parts to divide.
+    states = tuple((file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files)
+    return datasets.Dataset.from_generator(
+        _csv_records,
+        features=datasets.Features({name: datasets.Value("string") for name in header}),
+        gen_kwargs={"states": states, "separator": separator, "header": tuple(header)},
+        split=config.train_split,
+    )
+
+
+def _csv_records(
+    states: tuple[tuple[str, int, int], ...], separator: str, header: tuple[str, ...]
+) -> Iterator[dict[str, str | None]]:
+    """Iterate over the rows of files as {column: text}; a row with too many or too few fields has None for all."""
+    for file, _, _ in states:
+        rows = read_rows(file, separator)
+        if next(rows, None) != list(header):
+            raise UserError(f"train_data {file} has another header than {states[0][0]}.")
+        for fields in rows:
+            # The pair is listed as unusable when training reaches it.
+            yield dict(zip(header, fields if len(fields) == len(header) else [None] * len(header), strict=True))
+
+
+def _load_coco(file: str, config: DataConfig) -> Table | None:
+    """Load a file of COCO captions, one row per image with the list of its captions; None for other files."""
+    with open(file, "rb") as stream:
+        if stream.read(256).lstrip()[:1] != b"{":
+            return None
+        stream.seek(0)
+        try:
+            content = json.load(stream)
+        except ValueError:
+            return None  # JSON lines begin with a brace as well
+    if not isinstance(content, dict) or not {"images", "annotations"} <= set(content):
+        return None
+    captions: dict[Any, list[str]] = {}
+    for annotation in content["annotations"]:
+        captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    images = [image for image in content["images"] if image["id"] in captions]
+    names = [image["file_name"] for image in images]
+    rows = datasets.Dataset.from_dict(
+        {config.image_column: names, config.caption_column: [captions[image["id"]] for image in images]},
+        split=config.train_split,
+    )
+    missing = len(content["images"]) - len(images)
+    notes = (f"ignored: {missing} images without a caption",) if missing else ()
+    return Table(rows, _find_images(Path(file), names), notes)
+
+
+def _find_images(file: Path, names: list[str]) -> Path:
+    """Return the folder that holds the images of a COCO file: its own, or one near it such as `../train2017`."""
+    near = [file.parent, file.parent.parent]
+    folders = [*near, *(path for folder in near for path in sorted(folder.iterdir()) if path.is_dir())]
+    for folder in folders:
+        if names and (folder / names[0]).is_file():
+            return folder
+    raise UserError(f"train_data {file}: its images ({', '.join(names[:1])}, ...) are not beside it: move them there.")
+
+
+def _load_folder(folder: Path, source: str, config: DataConfig) -> Table:
+    split = config.train_split
+    if (folder / "dataset_dict.json").exists():
+        saved = datasets.load_from_disk(str(folder))
+        if split not in saved:
+            raise UserError(f"train_split {split!r} is not in {source}; its splits: {sorted(saved)}.")
+        return Table(saved[split], folder)
+    if (folder / "dataset_info.json").exists():
+        rows = datasets.load_from_disk(str(folder))
+        saved_split = str(rows.split) if rows.split is not None else "train"
+        if split != saved_split:
+            raise UserError(f"train_split {split!r} is not in {source}, a saved data set of split {saved_split!r}.")
+        return Table(rows, folder)
+    if not any(folder.iterdir()):
+        raise UserError(f"train_data {source} is an empty folder.")
+    if (table := _load_images_with_texts(folder, config)) is not None:
+        return table
+    return Table(datasets.load_dataset(str(folder), split=split), folder)
+
+
+def _load_images_with_texts(folder: Path, config: DataConfig) -> Table | None:
+    """Load images with a `.txt` of the same name beside them; None if the folder is laid out otherwise."""
+    root = folder / config.train_split if (folder / config.train_split).is_dir() else folder
+    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    if any(path.name in METADATA_FILES or path.suffix.lower() in TABLE_LOADERS for path in files):
+        return None
+    images = [path for path in files if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS]
+    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+    pairs = [(str(path), texts[path.with_suffix("")]) for path in images if path.with_suffix("") in texts]
+    if not pairs:
+        return None
+    captions = [text.read_text(encoding="utf-8", errors="surrogateescape").strip() for _, text in pairs]
+    usable = [(image, caption) for (image, _), caption in zip(pairs, captions, strict=True) if _is_utf8(caption)]
+    rows = datasets.Dataset.from_dict(
+        {config.image_column: [image for image, _ in usable], config.caption_column: [text for _, text in usable]}
+    )
+    counts = {
+        "images without a caption": len(images) - len(pairs),
+        "captions without an image": len(texts) - len({text for _, text in pairs}),
+        "captions that are not UTF-8": len(pairs) - len(usable),
+    }
+    ignored = ", ".join(f"{count} {cause}" for cause, count in counts.items() if count)
+    return Table(rows, folder, (f"ignored: {ignored}",) if ignored else ())
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
