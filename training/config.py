@@ -85,10 +85,13 @@ class RunConfig:
     keep_every: int = _field(0, "steps whose multiples' checkpoints are kept for good; 0 keeps the last only")
     log_every: int = _field(10, "steps between lines of metrics.jsonl")
     eval_every: int = _field(0, "steps between evaluations; 0 evaluates at the end only")
+    eval_data_dir: str | None = _field(None, "Folder with the data of eval_tasks; by default the repository's root.")
     eval_tasks: list[str] = _field([], "tasks of eval/run.py to run; the best model by the first is kept in best/")
     validation_samples: int = _field(0, "pairs left out of training, whose InfoNCE loss is part of evaluations")
     push_to_hub: str | None = _field(None, "repository USER/NAME that the finished model is published to")
     report_to: str = _field("none", "tracker for Accelerate's log_with: none, tensorboard, wandb, ...")
+    debug_pixels: bool = _field(False, "Save the images of a batch with non-finite gradients in output_dir/debug, too.")
+    ddp_timeout: int = _field(1800, "Seconds after which a process gives up waiting for the others.")
 
 
 @dataclass

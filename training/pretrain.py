@@ -19,10 +19,10 @@ from training.config import parse_config
 
 @cli_entry_point
 def main() -> None:
-    arguments = parse_config(sys.argv[1:])
-    from training.trainer import Trainer  # late: --help and a mistyped field need not wait for torch
+    config = parse_config(sys.argv[1:])
+    from training.build import build_trainer  # late, so that --help and mistyped fields need not wait for torch
 
-    Trainer(arguments).train()
+    build_trainer(config).train()
 
 
 if __name__ == "__main__":
