@@ -97,6 +97,9 @@ class RunConfig:
     )
     log_every: int = setting(10, "Steps between lines of metrics.jsonl.", ge=1)
     eval_every: int = setting(0, "Steps between evaluations; 0 evaluates after the last step only.", ge=0)
+    eval_data_dir: str | None = setting(
+        None, "Folder with the data of eval_tasks; by default the repository's root.", is_path=True
+    )
     eval_tasks: list[str] = setting(
         [], "Tasks of eval/run.py to evaluate; best/ keeps the model with the highest score on the first."
     )
@@ -105,6 +108,10 @@ class RunConfig:
     )
     push_to_hub: str | None = setting(None, "Hub repository USER/NAME that the finished model is published to.")
     report_to: str = setting("none", "Experiment tracker that Accelerate logs to, such as tensorboard, or none.")
+    debug_pixels: bool = setting(
+        False, "Save the images of a batch with non-finite gradients in output_dir/debug as well."
+    )
+    ddp_timeout: int = setting(1800, "Seconds after which a process stops waiting for the others.", ge=1)
 
 
 @dataclass

@@ -26,9 +26,9 @@ def main() -> int:
 
 def train() -> None:
     config = parse_config(sys.argv[1:])
-    from training.trainer import Trainer  # late: mistakes in the settings need not wait for it
+    from training.build import build_trainer  # late: mistakes in the settings need not wait for it
 
-    Trainer(config).train()
+    build_trainer(config).train()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
         --model outputs/emoji_demo --output eval/benchmarks/evaluation.json
 
 The loop decodes PNGs, preprocesses and encodes them; the model's own time is that of encoding preprocessed pixels in
-the same memory layout. Each process takes its part of the images, all start together, and the slowest one counts. Rounds of
-both alternate; medians and their ratio are reported.
+the same memory layout. Each process takes its part of the images, all start together, and the slowest one counts.
+Rounds of both alternate; medians and their ratio are reported.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from training.config import PretrainConfig, unknown_name
 CHANGEABLE = {
     # Where the run writes, what it resumes from, and how often it saves, logs and evaluates.
     *("output_dir", "resume_from_checkpoint", "override", "checkpoint_every", "keep_last", "keep_every", "log_every"),
-    *("eval_every", "eval_tasks", "push_to_hub", "report_to"),
+    *("eval_every", "eval_tasks", "eval_data_dir", "push_to_hub", "report_to", "debug_pixels", "ddp_timeout"),
     # How long it trains; the learning rate follows the new length.
     *("max_steps", "num_train_epochs"),
     # How the same step is computed: the batch of all processes is checked against the checkpoint's.

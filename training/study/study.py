@@ -76,7 +76,7 @@ class Harness:
         if not task.data:
             raise UserError(f"Task {task.name}: a study needs tasks whose data is a parquet file.")
         texts = str(self.data_dir / task.texts) if task.texts else None
-        return dataclasses.replace(task, data=str(self.data_dir / task.data), texts=texts, pixel_reference=None)
+        return dataclasses.replace(task, data=str(self.data_dir / task.data), texts=texts)
 
     def folder(self, run: Run) -> Path:
         """Return the output_dir of a run."""
