@@ -23,14 +23,12 @@ def describe_run(trainer: Trainer) -> str:
         f"Objective   {config.objective}, {config.negatives} negatives",
         f"Parameters  {describe_parameters(trainer)}",
         f"Data        {len(trainer.pairs)} pairs of {config.train_data}",
+        *(f"Source      {report}" for report in trainer.pairs.report()),
         f"Batch       {state.global_batch_size} = {config.per_device_train_batch_size} "
         f"x {accelerator.num_processes}; {steps}",
         f"Augment     {config.augmentation}",
         f"Start       {f'step {state.step} of {trainer.checkpoint}' if trainer.checkpoint else 'step 0'}",
     ]
-    for part in trainer.pairs.parts:
-        for shard, damage in getattr(part, "damage", {}).items():
-            lines.append(f"Damaged     {shard}: {damage}; its whole pairs are used")
     return "\n".join(lines)
 
 
