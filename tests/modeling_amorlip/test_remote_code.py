@@ -16,7 +16,7 @@ from modeling_amorlip import (
     AmorLIPModel,
     AmorLIPVisionModelWithProjection,
 )
-from tests.helpers.checkout import ROOT, TINY, with_threads
+from tests.helpers.checkout import ROOT, TINY, environment_with_threads
 from training.model.tokenizer import train_tokenizer
 
 
@@ -131,7 +131,7 @@ def models(tmp_path_factory, demo_rows):
 
 def test_folders_load_without_the_package(models, demo_rows, tmp_path):
     root, models = models
-    environment = {**with_threads(1), "HF_HOME": str(tmp_path)}
+    environment = {**environment_with_threads(1), "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-I", "-c", PRELUDE + SCRIPT, root]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from modeling_amorlip.cli_amorlip import UserError
-from tests.helpers.checkout import ROOT, pretrain, start, with_threads
+from tests.helpers.checkout import ROOT, environment_with_threads, pretrain, start
 from tests.helpers.runs import assert_same_weights, read_metrics
 from training.run.checkpointing import find_checkpoint, find_damage, list_checkpoints, lock_folder
 
@@ -32,7 +32,11 @@ def test_a_signal_stops_after_the_step_and_saves_it(recipe, tmp_path, name, work
     saved = list_checkpoints(stopped)[-1]
     assert read_metrics(stopped)[-1]["step"] == json.loads((saved / "train_state.json").read_text())["step"]
     result = subprocess.run(
-        [sys.executable, *command.split()[2:]], cwd=ROOT, capture_output=True, text=True, env=with_threads(1)
+        [sys.executable, *command.split()[2:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment_with_threads(1),
     )
     assert result.returncode == 0, result.stderr
     assert read_metrics(stopped) == read_metrics(whole)
@@ -100,7 +104,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(run_folder, tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=with_threads(1),
+        env=environment_with_threads(1),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
     assert result.returncode == 1 and "cannot be written" in result.stderr and "Traceback" not in result.stderr

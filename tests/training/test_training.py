@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 import modeling_amorlip  # noqa: F401
-from tests.helpers.checkout import ROOT, pretrain, with_threads
+from tests.helpers.checkout import ROOT, environment_with_threads, pretrain
 from tests.helpers.runs import assert_same_weights, read_metrics
 from training.config import AugmentationConfig, parse_config
 from training.data.order import PairSampler
@@ -87,7 +87,7 @@ def test_killed_and_resumed_equals_uninterrupted(recipe, tmp_path, objective, ch
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=with_threads(1),
+        env=environment_with_threads(1),
     )
     stop_after = random.randint(6, 45)
     deadline = time.time() + 120

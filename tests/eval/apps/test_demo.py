@@ -20,7 +20,7 @@ from eval.apps.classify import embed_labels, label_probabilities
 from eval.apps.demo import build_demo, main
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel
 from modeling_amorlip.embedder_amorlip import encode_images
-from tests.helpers.checkout import ROOT, with_threads
+from tests.helpers.checkout import ROOT, environment_with_threads
 
 
 LABELS = ["airplane", "red heart", "angry face"]
@@ -45,7 +45,7 @@ def demo(tiny_model, uploads, tmp_path_factory):
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**with_threads(1), "TMPDIR": str(uploads)},
+            env={**environment_with_threads(1), "TMPDIR": str(uploads)},
             stdout=file,
             stderr=subprocess.STDOUT,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells have background jobs ignore it

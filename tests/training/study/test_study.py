@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from modeling_amorlip.cli_amorlip import UserError
-from tests.helpers.checkout import DEMO, ROOT, TINY, run, with_threads
+from tests.helpers.checkout import DEMO, ROOT, TINY, environment_with_threads, run
 from training.config import PretrainConfig, build
 from training.objectives import OBJECTIVES
 from training.study import study as study_script
@@ -155,7 +155,11 @@ def test_stopped_study_resumes_inside_a_run(values, data_dir, tmp_path):
     command = ["training/study/study.py", "--config", tmp_path / "study.yaml", "--output_dir", tmp_path]
     command += ["--data_dir", data_dir]
     process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=with_threads(1), stdout=subprocess.PIPE, text=True
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment_with_threads(1),
+        stdout=subprocess.PIPE,
+        text=True,
     )
     folder = tmp_path / "runs/ours-setting0-batch16-seed0"
     metrics = folder / "metrics.jsonl"
