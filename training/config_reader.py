@@ -81,6 +81,8 @@ def find_type(cls: type, name: str) -> Any:
     for depth, part in enumerate(path):
         prefix = "".join(f"{parent}." for parent in path[:depth])
         hint, _ = remove_none(hint)
+        if not part:
+            raise user_error(f"--{name} is no field; write --field value, or --mapping.member value.")
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             hint = _type_of_field(hint, part, prefix)
         elif hint is not Any and hint is not dict and typing.get_origin(hint) is not dict:

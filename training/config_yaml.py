@@ -44,10 +44,15 @@ def _construct_int(loader: RecipeLoader, node: yaml.ScalarNode) -> int:
     return int(loader.construct_scalar(node).replace("_", ""))
 
 
-RecipeLoader.add_implicit_resolver(INT, re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
-RecipeLoader.add_implicit_resolver(
-    FLOAT, re.compile(rf"^([-+]?({NUMBER}|\.(inf|Inf|INF))|\.(nan|NaN|NAN))$"), list("-+.0123456789")
-)
+class RecipeDumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which RecipeLoader, or another reader of YAML, would take for something else."""
+
+
+for _class in (RecipeLoader, RecipeDumper):
+    _class.add_implicit_resolver(INT, re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+    _class.add_implicit_resolver(
+        FLOAT, re.compile(rf"^([-+]?({NUMBER}|\.(inf|Inf|INF))|\.(nan|NaN|NAN))$"), list("-+.0123456789")
+    )
 RecipeLoader.add_constructor(INT, _construct_int)
 
 
@@ -71,6 +76,11 @@ def load_yaml(text: str, hint: Any = Any) -> Any:
         return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """Return settings as a YAML document that `load_yaml` reads back unchanged."""
+    return yaml.dump(values, Dumper=RecipeDumper, sort_keys=False)
 
 
 def read_recipe(path: str, hint: Any = Any) -> dict[str, Any]:

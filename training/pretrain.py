@@ -1,6 +1,6 @@
 """Train AmorLIP, or another objective, from a recipe.
 
-    accelerate launch training/pretrain.py --config training/recipes/emoji_demo.yaml     # ten minutes on two CPU cores
+    accelerate launch training/pretrain.py --config training/recipes/emoji_demo.yaml     # six minutes on two CPU cores
     accelerate launch --num_processes 8 training/pretrain.py --config RECIPE.yaml --train_data DATA
     accelerate launch training/pretrain.py --config RECIPE.yaml --resume_from_checkpoint latest
 

@@ -14,7 +14,7 @@ from modeling_amorlip.cli_amorlip import UserError
 from tests.helpers.checkout import ROOT
 from training.config import LoraConfig, PretrainConfig, build, parse_config
 from training.config_fields import setting
-from training.config_yaml import load_yaml
+from training.config_yaml import dump_yaml, load_yaml
 
 
 PATHS = "output_dir: out\ntrain_data: pairs.parquet\n"
@@ -142,6 +142,39 @@ def test_run_config_is_a_recipe(parse, tmp_path):
     assert parse_config(["--config", str(path), "--seed", "3"]).seed == 3
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no",
+        "null",
+        "~",
+        "1e-6",
+        "1.5",
+        "010",
+        "0x1f",
+        "1:30",
+        "2024-01-01",
+        "*.tar",
+        "{a}",
+        "<<",
+        "é",
+        "\x85",
+        "\udcff",
+    ],
+)
+def test_settings_survive_being_written(parse, tmp_path, text):
+    first = parse(shlex.join(["--caption_column", text, f"--group_column={text}"]))
+    first.further_caption_columns = [text]
+    first.vision_config = {text: text, "numbers": [1e-6, 1, True, None]}
+    path = tmp_path / "run_config.yaml"
+    path.write_text(dump_yaml(dataclasses.asdict(first)), encoding="utf-8")
+    second = parse_config(["--config", str(path)])
+    assert second.vision_config == first.vision_config and second.caption_column == text
+    assert second == first
+    for read in (yaml.safe_load, load_yaml):
+        assert read(path.read_text(encoding="utf-8"))["vision_config"] == first.vision_config
+
+
 def test_recipe_may_begin_with_a_byte_order_mark(parse):
     assert parse(recipe=b"\xef\xbb\xbf" + PATHS.encode()).output_dir == "out"
 
@@ -188,6 +221,7 @@ def test_recipe_may_begin_with_a_byte_order_mark(parse):
         ("--mixed_precision bf", "mixed_precision must be one of auto, no, bf16, fp16, got 'bf'."),
         ("--compile maybe", "compile must be true or false, got 'maybe'."),
         ("--seed.x 1", "seed is no mapping; set it with --seed VALUE."),
+        ("--vision_config..a 1", "--vision_config..a is no field; write --field value, or --mapping.member value."),
         ("--train_data a.tar b.tar", "--train_data takes one value, got a.tar b.tar; put values with * "),
         ("-seed 1", "write fields with two dashes."),
         ("--config other.yaml", "--config is given twice"),

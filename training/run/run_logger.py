@@ -14,7 +14,7 @@ from typing import IO, Any
 import yaml
 
 from modeling_amorlip.cli_amorlip import UserError
-from training.config_yaml import load_yaml, settings_of_run
+from training.config_yaml import dump_yaml, load_yaml, settings_of_run
 from training.run.checkpointing import lock_folder
 
 
@@ -80,13 +80,12 @@ class RunLogger:
         """Write run_config.yaml at the first start, and later what differs from it."""
         path = self.folder / "run_config.yaml"
         if not path.exists():
-            _write_whole(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+            _write_whole(path, dump_yaml(document))
             return
         first = read_run_config(self.folder)
         changes = {name: value for name, value in document.items() if name not in first or first[name] != value}
         if changes:
-            text = yaml.safe_dump(changes, sort_keys=False, allow_unicode=True)
-            _write_whole(self.folder / f"run_config_resumed_{step:08d}.yaml", text)
+            _write_whole(self.folder / f"run_config_resumed_{step:08d}.yaml", dump_yaml(changes))
 
     def _cut(self, name: str, step: int) -> None:
         """Drop a log's lines of steps after `step`, and a last line that was cut off."""
