@@ -122,6 +122,7 @@ class AmorLIPConfig(PreTrainedConfig):
     logit_bias_init_value: float | int | None = None
 
     def __post_init__(self, **kwargs):
+        self.architectures = self.architectures or ["AmorLIPModel"]  # AutoModel chooses among several classes by it
         self.vision_config = _encoder_config(self.vision_config, "vision_config", "clip_vision_model")
         self.text_config = _encoder_config(self.text_config, "text_config", "clip_text_model")
         if not isinstance(self.amortizer_config, AmorLIPAmortizerConfig):

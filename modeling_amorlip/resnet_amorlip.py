@@ -95,6 +95,7 @@ class AmorLIPResNetModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["AmorLIPResNetBlock"]
+    _input_embed_layer = "conv1"
 
     def __init__(self, config: AmorLIPResNetConfig):
         super().__init__(config)
@@ -116,9 +117,6 @@ class AmorLIPResNetModel(PreTrainedModel):
         self.attnpool = AmorLIPResNetAttentionPool(config)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.conv1
 
     def forward(
         self,
