@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 eval/benchmarks/evaluation.py \
         --model outputs/emoji_demo --output eval/benchmarks/evaluation.json
 
-The loop decodes PNGs, preprocesses and encodes them; the model's own time is that of encoding preprocessed pixels in the
-same memory layout. Each process takes its part of the images, all start together, and the slowest one counts. Rounds of
-both alternate; medians and their ratio are reported.
+The loop decodes PNGs, preprocesses and encodes them; the model's own time is that of encoding preprocessed pixels in
+the same memory layout. Each process takes its part of the images, all start together, and the slowest one counts.
+Rounds of both alternate; medians and their ratio are reported.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from modeling_amorlip.images_amorlip import preprocess_images
 
 def measure(model: Any, processor: Any, files: list[bytes], batch_size: int, rounds: int) -> tuple[list, list]:
     """Return the seconds of each round, of the loop and of the model alone; the slowest process counts."""
-    first = [Image.open(io.BytesIO(file)) for file in files[:batch_size]]
+    first: list[Image.Image] = [Image.open(io.BytesIO(file)) for file in files[:batch_size]]
     pixel_values = preprocess_images(processor.image_processor, first)
 
     def run_loop() -> None:
