@@ -42,9 +42,7 @@ def evaluate_task(
     num_workers: int = 0,
     dtype: torch.dtype | None = None,
 ) -> TaskResult:
-    """Evaluate a model on a task and return the result, the same in all processes.
-
-    An error in one process is raised in all of them.
+    """Evaluate a model on a task and return the result, the same in all processes; so are errors.
 
     Args:
         model: Dual encoder with `get_image_features` and `get_text_features`.

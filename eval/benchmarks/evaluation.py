@@ -38,7 +38,7 @@ from modeling_amorlip.images_amorlip import preprocess_images
 
 def measure(model: Any, processor: Any, files: list[bytes], batch_size: int, rounds: int) -> tuple[list, list]:
     """Return the seconds of each round, of the loop and of the model alone; the slowest process counts."""
-    first = [Image.open(io.BytesIO(file)) for file in files[:batch_size]]
+    first: list[Image.Image] = [Image.open(io.BytesIO(file)) for file in files[:batch_size]]
     pixel_values = preprocess_images(processor.image_processor, first)
 
     def run_loop() -> None:
