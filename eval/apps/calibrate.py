@@ -2,7 +2,7 @@
 
     python eval/apps/calibrate.py outputs/emoji_demo emoji_openmoji --output outputs/calibrated
     python eval/apps/calibrate.py openai/clip-vit-base-patch32 pairs.parquet --output outputs/calibrated
-    python eval/run.py --model outputs/calibrated --tasks emoji_openmoji --scoring gallery amortized
+    python eval/run.py --model outputs/calibrated --tasks emoji_openmoji --scoring exact amortized
 
 DATA is a task of eval/run.py (its name, or FILE.yaml:TASK) or a parquet file with the columns image and caption. The
 encoders stay unchanged, so a minute or two on a CPU are enough. CLIP and SigLIP models are converted first.
@@ -16,6 +16,7 @@ show the effect: top-1 accuracy by cosine, by the exact partition over them, and
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from eval.apps.image_files import describe_error
 from eval.apps.outputs import check_writable, printable, user_path
 from eval.data import TaskData, find_data
 from eval.evaluators.classification import build_classifier, top_classes
@@ -58,17 +60,29 @@ class Gallery:
 
 
 def encode_gallery(model: Any, processor: Any, data: TaskData) -> Gallery:
-    """Encode all images of a task, and its class prompts or captions."""
+    """Encode all images of a task, and its class prompts or captions.
+
+    Raises:
+        UserError: an image cannot be decoded, or there are no images or texts.
+    """
     labels: list[int] = []
     captions: list[list[str]] = []
 
     def images() -> Iterator[Image.Image]:
         for sample in data.samples():
+            try:
+                image = sample.decode()[0]
+            except Exception as error:  # Pillow raises many kinds
+                reason = describe_error(error)
+                raise UserError(f"{data.task.name}: image {len(labels)} cannot be decoded: {reason}.") from None
             labels.append(sample.label)
             captions.append(sample.captions)
-            yield sample.decode()[0]
+            yield image
 
-    image_embeds = encode_images(model, processor, images())
+    stream = images()
+    if (first := next(stream, None)) is None:
+        raise UserError(f"{data.task.name} has no images.")
+    image_embeds = encode_images(model, processor, itertools.chain([first], stream))
     owners, classifier = None, None
     if data.classes:
         texts = [t.replace("{c}", name).replace("{}", name) for t in data.templates for name in data.classes]
@@ -76,6 +90,8 @@ def encode_gallery(model: Any, processor: Any, data: TaskData) -> Gallery:
     else:
         texts = [caption for lines in captions for caption in lines]
         owners = torch.tensor([row for row, lines in enumerate(captions) for _ in lines])
+    if not texts:
+        raise UserError(f"{data.task.name} has no captions.")
     return Gallery(image_embeds, torch.tensor(labels), encode_texts(model, processor, texts), owners, classifier)
 
 
@@ -199,6 +215,8 @@ def find_gallery(name: str, data_dir: Path) -> TaskData:
         task = Task(path.stem, kind="retrieval", main_metric="mean_recall@1", data=str(path.absolute()))
     else:
         task = load_task(name)
+        if task.kind == "winogavil":
+            raise UserError(f"{name} has neither classes nor captions to fit heads to; name another task.")
     return find_data(task, data_dir)
 
 

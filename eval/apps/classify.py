@@ -67,7 +67,9 @@ def embed_labels(model: Any, processor: Any, labels: list[str], template: str = 
     check_encodable([template, *labels])
     minimum = 2 if _logit_bias(model) is None else 1
     if len(labels) < minimum:
-        raise UserError(f"{len(labels)} labels given, {minimum} or more are needed: probabilities are over the labels.")
+        raise UserError(
+            f"Give {minimum} or more different labels, got {len(labels)}: probabilities are relative to the labels."
+        )
     return build_classifier(model, processor, labels, [template])
 
 

@@ -88,6 +88,13 @@ def _read_upload(file: str | None) -> Image.Image:
         raise UserError(f"The image cannot be read: {describe_error(error)}.") from None
 
 
+def bypass_proxy() -> None:
+    """Keep requests to this computer away from proxies; gradio asks its own page whether it is up."""
+    for name in ("no_proxy", "NO_PROXY"):
+        hosts = [host for host in os.environ.get(name, "").split(",") if host]
+        os.environ[name] = ",".join([*hosts, HOST])
+
+
 def check_port(port: int) -> None:
     """Raise `UserError` when a port does not exist, is taken or may not be used."""
     if not 1 <= port <= 65535:
@@ -139,6 +146,7 @@ def parse_arguments() -> argparse.Namespace:
 @cli_entry_point
 def main() -> None:
     arguments = parse_arguments()
+    bypass_proxy()
     model, processor = load_model(arguments.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     with _upload_folder() as uploads:

@@ -49,12 +49,16 @@ class FolderScan:
         clauses = []
         if self.skipped:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.skipped.most_common())
-            clauses.append(f"skipped {self.skipped.total()} files that the decoder does not read ({kinds})")
+            clauses.append(f"skipped {_count(self.skipped.total(), 'file')} that the decoder does not read ({kinds})")
         if self.excluded:
-            clauses.append(f"left out {len(self.excluded)} folders ({_shorten(self.excluded)})")
+            clauses.append(f"left out {_count(len(self.excluded), 'folder')} ({_shorten(self.excluded)})")
         if self.unreadable:
-            clauses.append(f"could not read {len(self.unreadable)} folders ({_shorten(self.unreadable)})")
+            clauses.append(f"could not read {_count(len(self.unreadable), 'folder')} ({_shorten(self.unreadable)})")
         return "; ".join(clauses)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _shorten(paths: list[Path], length: int = 5) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ from modeling_amorlip.images_amorlip import IMAGE_EXTENSIONS
 EXACT = "exact" if "exact" in SCORINGS else "gallery"
 SHEET_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 SHEET_COLUMNS = 6
+MAX_SHEET_ROWS = 200  # pictures of 2^16 pixels and more cannot be written
 
 
 @dataclass
@@ -105,7 +107,7 @@ def search(
     if scoring in ("cosine", "amortized"):
         correction = log_partition_corrections(model, (scoring,), query_embeds, image_embeds, "image")[scoring]
         return scores if correction is None else scores - correction
-    sample = queries if sample is None else sample
+    sample = list(dict.fromkeys(queries if sample is None else sample))
     sample_embeds = encode_texts(model, processor, sample)
     if scoring != EXACT:
         return scores - log_partition_corrections(model, (scoring,), sample_embeds, image_embeds, "image")[scoring]
@@ -158,14 +160,25 @@ def draw_sheet(path: Path, results: Sequence[SearchResult]) -> None:
             images += [None] * padding
             captions += [[]] * padding
             headings[len(images)] = printable(result.query)
-        image = read_image(Path(result.image))
-        image.thumbnail((256, 256))
-        images.append(image)
+        images.append(_thumbnail(Path(result.image)))
         captions.append([f"{result.score:.3f}", printable(Path(result.image).name)])
     try:
-        contact_sheet(images, [""] * len(images), captions, path, headings)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for the character
+            contact_sheet(images, [""] * len(images), captions, path, headings)
     except OSError as error:
         raise unwritable(path, "--sheet", error) from None
+
+
+def _thumbnail(path: Path) -> Image.Image | None:
+    """Return a small copy of an image; None for one in the index that can no longer be read."""
+    try:
+        image = read_image(path)
+    except Exception as error:  # Pillow raises many kinds
+        print(f"left out of the sheet: {printable(path)}: {describe_error(error)}", file=sys.stderr)
+        return None
+    image.thumbnail((256, 256))
+    return image
 
 
 def _scoring_name(name: str) -> str:
@@ -208,6 +221,9 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         check_writable(arguments.output, "--output", TABLE_SUFFIXES)
     if arguments.sheet:
         check_writable(arguments.sheet, "--sheet", SHEET_SUFFIXES)
+        rows = len(arguments.query) * -(-arguments.top // SHEET_COLUMNS)
+        if rows > MAX_SHEET_ROWS:
+            raise UserError(f"--sheet would have {rows} rows, {MAX_SHEET_ROWS} at most: lower --top, or ask in parts.")
     for query in arguments.query:
         if Path(query).suffix.lower() in IMAGE_EXTENSIONS and not is_picture(query):
             print(f"{printable(query)} is no file; searching for it as words", file=sys.stderr)

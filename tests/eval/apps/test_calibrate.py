@@ -1,18 +1,22 @@
 """eval/apps/calibrate.py: heads against exact partitions, and the command line as a user calls it."""
 
+import io
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, SiglipConfig, SiglipModel
 
-from eval.apps.calibrate import fit_amortizer, main
+from eval.apps.calibrate import encode_gallery, find_gallery, fit_amortizer, main
 from eval.models import load_model
 from eval.scoring import SCORINGS
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel
+from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.configuration_amorlip import AmorLIPAmortizerConfig
 from modeling_amorlip.convert_clip_to_amorlip import convert
 from modeling_amorlip.embedder_amorlip import encode_texts
@@ -122,6 +126,41 @@ def test_converted_siglip_encodes_texts_as_its_source(demo_rows, tmp_path):
     processor, texts = SimpleNamespace(tokenizer=tokenizer), ["a red heart", "a man with a very long coat"]
     ours = encode_texts(convert(tmp_path).model, processor, texts)
     torch.testing.assert_close(ours, encode_texts(model, processor, texts), rtol=1e-5, atol=1e-6)
+
+
+def make_task_data(*samples):
+    """Task data of retrieval from (function that decodes an image, captions)."""
+    rows = [SimpleNamespace(label=-1, captions=captions, decode=decode) for decode, captions in samples]
+    return SimpleNamespace(task=SimpleNamespace(name="pairs"), classes=[], samples=lambda: iter(rows))
+
+
+def test_encode_gallery_names_what_is_wrong_with_the_data(tiny_model, demo_rows):
+    def decode():
+        return [demo_rows[0]["image"].convert("RGB")]
+
+    def fail():
+        return [Image.open(io.BytesIO(b"no image"))]
+
+    model, processor = load_model(str(tiny_model))
+    gallery = encode_gallery(model, processor, make_task_data((decode, ["a", "b"]), (decode, ["c"])))
+    assert len(gallery.images) == 2 and gallery.text_owners.tolist() == [0, 0, 1] and gallery.classifier is None
+    for data, message in (
+        (make_task_data((decode, ["a"]), (fail, ["b"])), "pairs: image 1 cannot be decoded: it is not an image"),
+        (make_task_data((decode, [])), "pairs has no captions"),
+        (make_task_data(), "pairs has no images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            encode_gallery(model, processor, data)
+    with pytest.raises(UserError, match="neither classes nor captions"):
+        find_gallery("misc/winogavil", Path())
+
+
+def test_calibrate_checks_its_output_first(call, tiny_model, small_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.apps.calibrate.calibrate", None)
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/deeper"):
+        status, _, errors = call(tiny_model, small_data, "--output", folder)
+        assert status == 1 and f"--output {folder} cannot be created" in errors.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import warnings
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
 from eval.apps.outputs import printable
-from eval.apps.search import EXACT, check_scoring, main, search
+from eval.apps.search import EXACT, SearchResult, check_scoring, draw_sheet, main, search
 from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.embedder_amorlip import encode_texts
 
@@ -138,6 +139,7 @@ def mistakes(folder):
         (["--output", folder / "a.txt"], "name a file that ends in .csv or .json"),
         (["--output", folder / "no/such/a.csv"], "no/such does not exist"),
         (["--sheet", folder / "a.gif"], "name a file that ends in .png"),
+        (["--sheet", folder / "a.png", "--top", 1201], "201 rows, 200 at most"),
         (["--index", folder], "is not a file"),
         ([""], "A query is empty"),
         ([os.fsdecode(b"caf\xe9")], "is not valid UTF-8"),
@@ -208,3 +210,21 @@ def test_index_is_reused_while_the_revision_is_the_same(call, emoji_files, monke
     for number in (40, 0, 40, 40):
         status, _, errors = call("--images", emoji_files, "a cat")
         assert status == 0 and f"{number} to encode" in errors
+
+
+def test_sheet_leaves_out_images_that_are_gone(emoji_files, tmp_path, capsys):
+    paths = [emoji_files / "even/airplane.png", emoji_files / "日本.png", emoji_files / "gone.png"]
+    paths[1].write_bytes(paths[0].read_bytes())
+    results = [SearchResult("日本 $x$\n", rank, 0.5, str(path)) for rank, path in enumerate(paths, 1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_sheet(tmp_path / "sheet.png", results)
+    assert Image.open(tmp_path / "sheet.png").size[0] > 1000
+    assert f"left out of the sheet: {paths[2]}: No such file" in capsys.readouterr().err
+
+
+def test_repeated_queries_count_once(loaded):
+    images = torch.nn.functional.normalize(torch.randn(9, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    scores = search(*loaded, QUERIES, images, EXACT)
+    repeated = search(*loaded, [*QUERIES, QUERIES[0]], images, EXACT)
+    torch.testing.assert_close(repeated, scores[[0, 1, 2, 0]])
