@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import yaml
 
 from tests.helpers.checkout import ROOT
@@ -24,6 +25,14 @@ SMALL = {
     "tuning_batch_size": 16,
     "overrides": {"num_train_epochs": 2, "log_every": 1},
 }
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Measuring sets the number of threads for its own process, which is this one."""
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
 
 
 def make_harness(output_dir, **changes) -> Harness:
