@@ -164,6 +164,13 @@ def test_task_groups_are_documented():
     assert all(f"`{name}`" in rest for name in AGGREGATES)
 
 
+def test_scorings_are_documented():
+    from eval.scoring import SCORINGS
+
+    section = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8").partition("## Scoring")[2].partition("\n## ")[0]
+    assert tuple(re.findall(r"^\| `(\w+)`", section, re.MULTILINE)) == SCORINGS
+
+
 def test_citation_names_the_authors():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors", "license"} <= set(citation)

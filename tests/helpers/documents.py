@@ -65,10 +65,12 @@ def _strip_control(command: list[str]) -> list[str]:
 
 
 def read_links(path: Path) -> list[str]:
-    """Return the relative targets of links and images, without those of templates."""
+    """Return the relative targets of a document's links and images."""
     text = _FENCE.sub("", path.read_text(encoding="utf-8"))
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
-    return [target for target in targets if "://" not in target and "{{" not in target]
+    # The links of model cards lead to files of the published repository.
+    is_card = path.parent.name == "model_cards"
+    return [target for target in targets if "://" not in target and not is_card]
 
 
 def read_anchors(path: Path) -> set[str]:
