@@ -37,10 +37,10 @@ from training.run.announcement import describe_run, make_progress_bar
 from training.run.bad_samples import BadSampleLog, merge_bad_samples
 from training.run.checkpointing import explain_write_errors, save_checkpoint
 from training.run.flops import FlopMeter
-from training.run.processes import check_shared, run_on_main
 from training.run.loss_spikes import LossSpikeDetector
 from training.run.nonfinite import NonFiniteGuard
 from training.run.preemption import PreemptionHandler, reset_sigchld_handler, resume_arguments
+from training.run.processes import check_shared, run_on_main
 from training.run.rescue import StepSnapshot
 from training.run.run_logger import RunLogger, flat
 from training.run.step_timer import StepTimer
