@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from eval.tasks import Task, load_task
+from modeling_amorlip import AmorLIPConfig
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import OptimizationConfig, PretrainConfig, build, unknown_name
 from training.data.collate import Collator
@@ -166,7 +167,7 @@ def resolve_objective(config: PretrainConfig) -> tuple[PretrainConfig, Any]:
     if objective_class is None:
         raise UserError(unknown_name("objective", config.objective, list(OBJECTIVES)))
     try:
-        settings = build(objective_class.Arguments, config.objective_args, "objective_args.")
+        settings: Any = build(objective_class.Arguments, config.objective_args, "objective_args.")
     except (TypeError, ValueError) as error:
         raise UserError(f"objective_args: {error}") from None
     defaults = {
@@ -231,7 +232,7 @@ def build_encoder(built: TrainingModel, config: PretrainConfig, accelerator: Acc
             raise UserError("sync_batchnorm needs GPUs: torch cannot join batch statistics on CPUs; leave it out.")
         encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
     if config.channels_last:
-        encoder.to(memory_format=torch.channels_last)
+        encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.compile:
         encoder.compile()
     return encoder
@@ -245,7 +246,8 @@ def build_objective(
     Raises:
         UserError: its settings contradict the model or the processes.
     """
+    model_config = cast(AmorLIPConfig, built.model.config)
     try:
-        return OBJECTIVES[config.objective](built.model.config, settings, config.negatives, num_samples)
+        return OBJECTIVES[config.objective](model_config, settings, config.negatives, num_samples)
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from eval.data import find_data
 from eval.report import Evaluation, TaskResult, print_table, read_evaluations
 from eval.runner import ProcessShard, evaluate_task
 from eval.tasks import ROOT, Task
-from modeling_amorlip import AmorLIPModel
+from modeling_amorlip import AmorLIPConfig, AmorLIPModel
 from training.config import AugmentationConfig, PretrainConfig
 from training.data.collate import Collator
 from training.data.dataset import PairDataset
@@ -58,7 +58,8 @@ def validation_loss(accelerator: Accelerator, encoder: PairEncoder, loader: Data
         encoder: the encoder itself. Encoding through DDP could deadlock where processes have different batches.
         loader: see `make_validation_loader`.
     """
-    module = EncoderWithObjective(encoder, CLIPObjective(encoder.model.config, None, negatives="local"))
+    model_config = cast(AmorLIPConfig, encoder.model.config)
+    module = EncoderWithObjective(encoder, CLIPObjective(model_config, None, negatives="local"))
     encoder.eval()
     names = ("pixel_values", "input_ids", "attention_mask")
     with accelerator.autocast():

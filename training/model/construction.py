@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
@@ -138,8 +138,8 @@ def build_fresh_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -
         model = AmorLIPModel(model_config)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"The model cannot be built: {error.__cause__ or error}") from None
-    tokenizer.model_max_length = model_config.text_config.max_position_embeddings
-    size = model_config.vision_config.image_size
+    text, vision = cast(Any, model_config.text_config), cast(Any, model_config.vision_config)
+    tokenizer.model_max_length, size = text.max_position_embeddings, vision.image_size
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_convert_rgb=True
     )
@@ -163,7 +163,7 @@ def find_image_size(model: AmorLIPModel, processor: ProcessorMixin, config: Mode
     """
     image_processor = processor.image_processor
     shape = dict(getattr(image_processor, "crop_size", None) or image_processor.size)
-    image_size = shape.get("height", shape.get("shortest_edge"))
+    image_size = shape["height"] if "height" in shape else shape["shortest_edge"]
     expected_size = getattr(model.config.vision_config, "image_size", image_size)
     if image_size != expected_size:
         raise UserError(

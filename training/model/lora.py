@@ -52,7 +52,7 @@ def add_adapters(model: AmorLIPModel, lora: LoraConfig, freeze: Iterable[str] = 
             raise UserError(_describe_mismatch(lora, side, encoder))
     config = peft.LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # fractions work, too
         lora_dropout=lora.dropout,
         target_modules=rf"({'|'.join(sides)})_model\.(.*\.)?({names})",
     )

@@ -52,4 +52,4 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> CLIPTokenizer:
     )
     backend.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
-    return CLIPTokenizer(vocab=backend.get_vocab(), merges=merges)
+    return CLIPTokenizer(vocab=backend.get_vocab(), merges=merges)  # type: ignore[arg-type]  # pairs are what it takes

@@ -112,9 +112,8 @@ class AmorLIPObjective(ContrastiveObjective):
         self.optimizer = self._new_optimizer()
         if arguments.recent_pairs:
             self.refuse_local_negatives("objective_args.recent_pairs")
-            self.recent_images, self.recent_texts = (
-                EmbeddingRing(arguments.recent_pairs, config.projection_dim) for _ in range(2)
-            )
+            self.recent_images = EmbeddingRing(arguments.recent_pairs, config.projection_dim)
+            self.recent_texts = EmbeddingRing(arguments.recent_pairs, config.projection_dim)
         self.any_recent = False
         self.partition_error = torch.nn.Buffer(torch.zeros(()))
         self.step, self.fresh, self.beta, self.rho = 0, True, 0.0, arguments.rho
@@ -216,11 +215,12 @@ class AmorLIPObjective(ContrastiveObjective):
         log_total = math.log(math.exp(batch.log_count) + self.arguments.recent_pairs)
         scale = batch.logit_scale.float()
         bias = torch.zeros_like(scale) if batch.logit_bias is None else batch.logit_bias.float()
-        sides = ((batch.image_embeds, self.recent_texts), (batch.text_embeds, self.recent_images))
+        sides = (
+            (batch.image_embeds.float(), self.recent_texts.get_buffer("embeds")),
+            (batch.text_embeds.float(), self.recent_images.get_buffer("embeds")),
+        )
         with torch.autocast(batch.image_embeds.device.type, enabled=False):
-            log_recent = [
-                log_sum_exps(embeds.float(), ring.embeds, scale, bias, 0, 1.0, 1024)[0] for embeds, ring in sides
-            ]
+            log_recent = [log_sum_exps(embeds, recent, scale, bias, 0, 1.0, 1024)[0] for embeds, recent in sides]
         return [torch.logaddexp(*both) + (batch.log_count - log_total) for both in zip(log_z, log_recent, strict=True)]
 
     def _store_recent(self, batch: EmbeddedBatch) -> None:
@@ -272,8 +272,8 @@ class AmorLIPObjective(ContrastiveObjective):
         """Move the target heads towards the online heads (Eq. 11)."""
         for target, online in zip(self.target.parameters(), self.online.parameters(), strict=True):
             target.lerp_(online, 1 - self.arguments.ema_decay)
-        for target, online in zip(self.target.buffers(), self.online.buffers(), strict=True):
-            target.copy_(online)
+        for target_buffer, online_buffer in zip(self.target.buffers(), self.online.buffers(), strict=True):
+            target_buffer.copy_(online_buffer)
 
     @torch.no_grad()
     def _choose_log_partitions(self, batch: EmbeddedBatch, fits: bool) -> list[Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_amorlip import AmorLIPAmortizer, AmorLIPConfig
+from modeling_amorlip.configuration_amorlip import AmorLIPAmortizerConfig
 from modeling_amorlip.distributed_amorlip import all_gather, all_reduce_mean_, world_size
 from modeling_amorlip.loss_amorlip import Negatives
 
@@ -97,7 +98,7 @@ class ContrastiveObjective(nn.Module, ABC):
         """
         amortizer = AmorLIPAmortizer(self.config)
         if amortizer.observes:
-            self.refuse_local_negatives(f"amortizer_config.head_type {self.config.amortizer_config.head_type!r}")
+            self.refuse_local_negatives(f"amortizer_config.head_type {head_type(self.config)!r}")
         return amortizer
 
     def refuse_local_negatives(self, setting: str) -> None:
@@ -120,6 +121,12 @@ class ContrastiveObjective(nn.Module, ABC):
         if amortizer.observes:
             images = image_embeds.detach() if gathered_texts is None else all_gather(image_embeds)
             amortizer.observe(images, text_embeds.detach() if gathered_texts is None else gathered_texts)
+
+
+def head_type(config: AmorLIPConfig) -> str:
+    """Return the kind of the amortizer heads that a model's configuration names."""
+    assert isinstance(config.amortizer_config, AmorLIPAmortizerConfig)
+    return config.amortizer_config.head_type
 
 
 def fit(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], steps: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from modeling_amorlip import AmorLIPConfig
 from modeling_amorlip.amortizer_amorlip import AmorLIPAmortizer
 from modeling_amorlip.loss_amorlip import Negatives, amortization_loss, gather_texts, log_partitions, positive_logits
-from training.objectives.base import DECOUPLED, ContrastiveObjective, ObjectiveOutput, fit
+from training.objectives.base import DECOUPLED, ContrastiveObjective, ObjectiveOutput, fit, head_type
 
 
 MAX_LOG_RATIO = 30.0
@@ -53,10 +53,10 @@ class NeuCLIPObjective(ContrastiveObjective):
 
     def __init__(self, config: AmorLIPConfig, arguments: Any, negatives: Negatives = "global", num_samples: int = 0):
         super().__init__(config, arguments, negatives, num_samples)
-        if config.amortizer_config.head_type != "prototype":
+        if head_type(config) != "prototype":
             raise ValueError(
                 "neuclip's network is made of prototypes, but amortizer_config.head_type is "
-                f"{config.amortizer_config.head_type!r}: leave it out or set it to 'prototype'."
+                f"{head_type(config)!r}: leave it out or set it to 'prototype'."
             )
         self.network = self.new_amortizer()
         self.optimizer = self._new_optimizer()

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections import deque
+from typing import Any
 
 from torch import Tensor
 
@@ -43,7 +44,7 @@ class LossSpikeDetector:
         mean, deviation = statistics.fmean(previous_losses), statistics.stdev(previous_losses)
         if loss <= mean + THRESHOLD * deviation:
             return None
-        spike = {name: logged[name] for name in ("step", "loss", "logit_scale", "grad_norm")}
+        spike: dict[str, Any] = {name: logged[name] for name in ("step", "loss", "logit_scale", "grad_norm")}
         spike |= {"mean": mean, "standard_deviation": deviation, "sample_ids": sample_ids.tolist()}
         self.logger.append("loss_spikes", spike)
         return (

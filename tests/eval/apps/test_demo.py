@@ -45,7 +45,11 @@ def demo(tiny_model, uploads, tmp_path_factory):
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**environment_with_threads(1), "TMPDIR": str(uploads), "HTTP_PROXY": "http://127.0.0.1:9"},  # nobody is there
+            env={
+                **environment_with_threads(1),
+                "TMPDIR": str(uploads),
+                "HTTP_PROXY": "http://127.0.0.1:9",
+            },  # nobody is there
             stdout=file,
             stderr=subprocess.STDOUT,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells have background jobs ignore it

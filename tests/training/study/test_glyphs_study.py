@@ -8,13 +8,12 @@ import pytest
 import torch
 import yaml
 
+from tests.helpers import runs
 from tests.helpers.checkout import ROOT
-from training.config import parse_config
 from training.study.study import Harness
 from training.study.study_config import build_study
 from training.study.study_measure import measure
 from training.study.study_results import Run
-from training.trainer import Trainer
 
 
 VALUES = yaml.safe_load((ROOT / "training/study/glyphs_study.yaml").read_text(encoding="utf-8"))
@@ -45,7 +44,7 @@ def train(harness: Harness, run: Run) -> list[dict]:
     folder.mkdir(parents=True)
     recipe = folder.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(harness.recipe(run)), encoding="utf-8")
-    Trainer(parse_config(["--config", str(recipe)])).train()
+    runs.train(recipe)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -1,7 +1,6 @@
 """LoRA through the trainer: what is trained, what is written, and that the rest of a run works as ever."""
 
 import json
-import shutil
 import sys
 
 import datasets
@@ -15,13 +14,14 @@ from transformers import AutoModel, AutoProcessor
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel
 from modeling_amorlip.cli_amorlip import UserError
 from tests.helpers.checkout import DEMO, TINY, pretrain
-from tests.helpers.runs import assert_same_weights, read_metrics
-from training.build import build_model
+from tests.helpers.runs import assert_same_weights, read_metrics, train, train_until_killed
 from training.config import LoraConfig, parse_config
+from training.model.construction import build_fresh_model
 from training.model.encoder import PairEncoder
 from training.model.lora import add_adapters, save_adapted
+from training.model.tokenizer import train_tokenizer
+from training.run.announcement import describe_run
 from training.run.flops import FlopMeter
-from training.trainer import Trainer
 
 
 TOWER = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -35,7 +35,8 @@ def base(recipe_factory, tmp_path_factory):
     towers = {side: {**TINY[side], **TOWER, "attention_dropout": 0.0} for side in ("vision_config", "text_config")}
     path = recipe_factory(folder, logit_bias_init_value=-1.0, **towers)
     torch.manual_seed(0)
-    model, processor = build_model(parse_config(["--config", str(path)]), ["a red heart", "cat face", "airplane"])
+    tokenizer = train_tokenizer(["a red heart", "cat face", "airplane"], 700)
+    model, processor = build_fresh_model(parse_config(["--config", str(path)]), tokenizer)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     return folder / "model"
@@ -73,9 +74,8 @@ def finished(lora_recipe, tmp_path_factory):
     rows.to_parquet(folder / "rows.parquet")
     task = folder / "task.yaml"
     task.write_text(yaml.safe_dump({"few": {"data": str(folder / "rows.parquet"), "split": "train"}}))
-    result = pretrain(lora_recipe(folder, eval_tasks=[str(task)], eval_every=2))
-    assert result.returncode == 0, result.stderr
-    assert "M of adapters are trained" in result.stdout
+    trainer = train(lora_recipe(folder, eval_tasks=[str(task)], eval_every=2))
+    assert "M of adapters are trained" in describe_run(trainer)
     return folder / "run"
 
 
@@ -104,7 +104,7 @@ def assert_same(a, b):
 def test_only_adapters_scale_and_bias_are_trained(finished, base):
     before, trained = load_file(base / "model.safetensors"), []
     for name, weight in load_file(finished / "checkpoints/step_00000006/model.safetensors").items():
-        name = name.removeprefix("model.").replace(".base_layer", "")
+        name = name.removeprefix("encoder.model.").replace(".base_layer", "")
         if ".lora_" in name:
             trained.append(name)
             assert weight.any(), name  # B is zero at first
@@ -175,41 +175,27 @@ def test_saving_changes_nothing(base, tmp_path):
 # -- the rest of a run -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_thread():
-    """As `pretrain` has: sums of a run in this process come out as in one of its own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def train(path, *options) -> list[dict]:
-    """Metrics of a run in this process."""
-    trainer = Trainer(parse_config(["--config", str(path), *map(str, options)]))
-    trainer.train()
-    return read_metrics(trainer.output_dir)
-
-
-def test_resumed_equals_uninterrupted(one_thread, lora_recipe, tmp_path):
+def test_resumed_equals_uninterrupted(lora_recipe, tmp_path):
     path = lora_recipe(tmp_path, lora={**LORA, "dropout": 0.2}, micro_batch_size=5)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    metrics = train(path, "--output_dir", whole)
-    shutil.copytree(whole, stopped, ignore=shutil.ignore_patterns("step_00000006", "adapter"))
-    (stopped / "model.safetensors").unlink()
-    assert train(path, "--output_dir", stopped, "--resume_from_checkpoint", "latest") == metrics
+    train(path, "--output_dir", whole)
+    train_until_killed(path, 5, "--output_dir", stopped)
+    train(path, "--output_dir", stopped, "--resume_from_checkpoint", "latest")
+    assert read_metrics(stopped) == read_metrics(whole)
     assert_same_weights(stopped, whole)
     ours, theirs = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (stopped, whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("changes", [{"micro_batch_size": 5}, {"gradient_checkpointing": True}])
-def test_saving_memory_changes_nothing(one_thread, finished, lora_recipe, tmp_path, changes):
-    usual, ours = read_metrics(finished), train(lora_recipe(tmp_path, **changes))
+def test_saving_memory_changes_nothing(finished, lora_recipe, tmp_path, changes):
+    train(lora_recipe(tmp_path, **changes))
+    usual, ours = read_metrics(finished), read_metrics(tmp_path / "run")
     for name in ("loss", "grad_norm", "gradient/vision", "gradient/text"):
         assert [line[name] for line in ours] == pytest.approx([line[name] for line in usual], rel=1e-3), name
 
 
+@pytest.mark.e2e
 def test_two_processes_train_as_one(finished, lora_recipe, tmp_path):
     result = pretrain(lora_recipe(tmp_path, per_device_train_batch_size=8), launch=2)
     assert result.returncode == 0, result.stderr

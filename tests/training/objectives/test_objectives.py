@@ -111,13 +111,13 @@ def test_amorlip_equals_brute_force(source, reinitialize):
     log_z = brute_force_log_partitions(x, y, s, b)
     log_count = math.log(40 - 1 + 1e-3)
     # Without re-initialisation the blend takes the target heads as this step finds them.
-    known = copy.deepcopy(objective.previous if reinitialize else objective.target)
+    heads_in_blend = copy.deepcopy(objective.previous if reinitialize else objective.target)
     loss = objective(*batch).loss
     with torch.no_grad():
         if source == "batch":
             log_lambda = log_z
         elif source == "blended":
-            previous = known(batch[0], batch[1], batch[2])
+            previous = heads_in_blend(batch[0], batch[1], batch[2])
             log_lambda = [
                 (0.8 * (p.double() + log_count).exp() + 0.2 * z.exp()).log()
                 for p, z in zip(previous, log_z, strict=True)
