@@ -23,7 +23,7 @@ from .modeling_amorlip import (
 from .resnet_amorlip import AmorLIPResNetModel
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 MODEL_CLASSES = (
     AmorLIPModel,

@@ -23,7 +23,7 @@ RESNET = {"model_type": "resnet", "image_size": 32, "embedding_size": 8, "hidden
     "changes, message",
     [
         (["--train_data", "/nowhere/pairs.parquet"], "there is no such file or folder"),
-        (["--caption_column", "captoin"], "its columns: ['image', 'caption'"),
+        (["--caption_column", "captoin"], "its columns: ['caption', 'captions'"),
         (["--objective", "amorlipp"], "did you mean amorlip?"),
         (["--learning_rat", "1"], "did you mean learning_rate?"),
         (["--objective_args.onlin_steps", "1"], "did you mean objective_args.online_steps?"),
