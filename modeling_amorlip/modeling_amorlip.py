@@ -66,9 +66,6 @@ class AmorLIPPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # Half precision holds a logit scale to one per cent only, and the heads are tiny: both are loaded in float32, in
-    # bfloat16 (strict) and under quantization too.
-    _keep_in_fp32_modules = _keep_in_fp32_modules_strict = ["amortizer", "logit_scale", "logit_bias"]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,6 +121,11 @@ class AmorLIPPreTrainedModel(PreTrainedModel):
 
 class AmorLIPModel(AmorLIPPreTrainedModel):
     """A CLIP-style dual encoder with amortized log-partitions, called as Transformers' CLIP is."""
+
+    # Half precision holds a logit scale to one per cent only, and the heads are tiny: both are loaded in float32, in
+    # bfloat16 too (strict). Quantization spares what the other list names, which must not share an entry.
+    _keep_in_fp32_modules = ["amortizer"]
+    _keep_in_fp32_modules_strict = ["amortizer.(?:image|text)_head", "logit_(?:scale|bias)"]
 
     def __init__(self, config: AmorLIPConfig):
         super().__init__(config)
