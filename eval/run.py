@@ -126,12 +126,14 @@ def start_processes(name: str | None) -> tuple[ProcessShard, torch.device]:
     Args:
         name: Device that was asked for; by default a GPU, or the CPU where there is none.
     """
+    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
+        if is_alone:  # several processes each get a device of their own below
+            torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if is_alone:
         return ProcessShard(), device
     from accelerate import PartialState
 

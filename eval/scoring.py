@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modeling_amorlip.cli_amorlip import UserError
-from modeling_amorlip.tiles_amorlip import log_sum_exps
+from modeling_amorlip.loss_amorlip import cross_log_partitions
 
 
 SCORING_MODES = {
@@ -124,14 +124,13 @@ def _log_partitions(
 
     Offsets [Q] and [C] enter as further dimensions of the embeddings, so that one streaming kernel serves both.
     """
-    ones, zero = torch.ones(len(candidates), 1), torch.zeros(())
     if query_offsets is not None:
         queries = torch.cat([queries, query_offsets[:, None] / scale], 1)
-        candidates = torch.cat([candidates, ones], 1)
+        candidates = torch.cat([candidates, torch.ones(len(candidates), 1)], 1)
     if candidate_offsets is not None:
         queries = torch.cat([queries, torch.ones(len(queries), 1)], 1)
         candidates = torch.cat([candidates, candidate_offsets[:, None] / scale], 1)
-    return log_sum_exps(queries, candidates, scale, zero, 0, 1.0, 1024)
+    return cross_log_partitions(queries, candidates, scale)
 
 
 @torch.inference_mode()
