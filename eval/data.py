@@ -30,12 +30,11 @@ from eval.tables import (
 from eval.tars import read_tar
 from eval.tasks import Task
 from modeling_amorlip.cli_amorlip import UserError
-from modeling_amorlip.images_amorlip import convert_to_rgb, open_image
+from modeling_amorlip.images_amorlip import IMAGE_EXTENSIONS, convert_to_rgb, open_image
 
 
 HUB = Path("hub")
 """The `data_dir` that stands for repositories on the Hub."""
-IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own limit
 SHARD_SIZE = 2**32  # above any shard's number of samples
 
@@ -176,7 +175,7 @@ def winogavil_prompt(cue: str) -> str:
 
 def _sample_of_members(where: str, members: dict[str, bytes]) -> Sample:
     """Return a sample from the members of a tar; raise `UserError` for a missing image or a wrong label."""
-    image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+    image = next((content for extension, content in members.items() if f".{extension}" in IMAGE_EXTENSIONS), None)
     if image is None:
         raise UserError(f"{where}: the sample has no image ({', '.join(members)}).")
     try:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from eval.models import weight_files
 from eval.report import Report, TaskResult, read_evaluations, read_report, read_run_config
-from eval.scoring import SCORING_MODES
+from eval.scoring import SCORING_MODES, scoring_name
 from eval.tasks import ROOT
 
 
@@ -46,7 +46,7 @@ class Row:
     @property
     def mode(self) -> str:
         """ "inductive" or "transductive"."""
-        return SCORING_MODES[self.scoring]
+        return SCORING_MODES[scoring_name(self.scoring)]
 
     @property
     def value(self) -> float:

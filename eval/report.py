@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 
 from eval.models import ModelRecord
 from eval.plots import score_bars
+from eval.scoring import scoring_name
 from eval.tasks import Aggregate, aggregate, known_tasks
 from modeling_amorlip.cli_amorlip import UserError
 
@@ -47,6 +49,7 @@ class TaskResult:
         expected_samples: Number of samples in a complete copy, if known.
         reason: Why the status is not "complete".
         scores: {scoring: {metric: value}}; "cosine" comes first and has every metric.
+        modes: {scoring: "inductive" or "transductive"}; the latter uses all queries to score each of them.
         unreadable: Keys of samples that could not be read, with the reason.
         random_score: Main metric of random guessing.
         pixel_baseline: acc1 of the nearest training image in 16 x 16 pixels.
@@ -64,6 +67,7 @@ class TaskResult:
     reason: str | None = None
     hub_dataset: str | None = None
     scores: dict[str, dict[str, Metric]] = field(default_factory=dict)
+    modes: dict[str, str] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
     random_score: float | None = None
     pixel_baseline: float | None = None
@@ -187,7 +191,8 @@ def _from_schema_3(content: dict[str, Any]) -> Report:
     tasks, known = {}, known_tasks()
     for name, values in content["tasks"].items():
         is_on_hub = name in known and bool(known[name].repositories)
-        scores = {"cosine": values["metrics"], **values["scoring"]}
+        others = {scoring_name(scoring): metrics for scoring, metrics in values["scoring"].items()}
+        scores = {"cosine": values["metrics"], **others}
         tasks[name] = TaskResult.from_dict(
             {
                 "task": name,
@@ -210,6 +215,21 @@ def read_report(path: Path) -> Report:
         return Report.from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not what eval/run.py writes: {error}.") from None
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raise `UserError` when a file cannot be written; its folder is created, the file is not."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError("permission denied")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{option} {path} cannot be written: {reason}; name another file.") from None
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,38 @@ from eval.evaluators.classification import evaluate_classification
 from eval.evaluators.retrieval import evaluate_retrieval
 from eval.evaluators.scored import Scored
 from eval.evaluators.winogavil import evaluate_winogavil
+from eval.identity import result_identity
+from eval.models import ModelRecord
 from eval.report import Metric, TaskResult
-from eval.scoring import require_amortizer
+from eval.scoring import SCORING_MODES, SCORINGS, SinkhornSettings, require_amortizer, scoring_name
 from eval.sharding import ProcessShard
 from eval.tasks import ROOT, Task
 from modeling_amorlip.cli_amorlip import UserError
 
 
-__all__ = ["RESAMPLES", "ProcessShard", "evaluate", "evaluate_task", "unevaluated"]
+__all__ = ["RESAMPLES", "EvaluationOptions", "ProcessShard", "evaluate", "evaluate_task", "unevaluated"]
 
 RESAMPLES = 1000
 MAX_NAMED = 20  # unreadable samples that a result names
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Further options of `evaluate_task`.
+
+    Args:
+        num_workers: Worker processes that read images, per process; 0 uses a thread.
+        dtype: Type to compute embeddings in under autocast; None leaves the model's own.
+        sinkhorn: Settings of Sinkhorn scoring.
+        model_record: What identifies the model; the result's identity is left out without it.
+        previous: Earlier result, returned as it is if its identity is the same.
+    """
+
+    num_workers: int = 0
+    dtype: torch.dtype | None = None
+    sinkhorn: SinkhornSettings = SinkhornSettings()
+    model_record: ModelRecord | None = None
+    previous: TaskResult | None = None
 
 
 def evaluate_task(
@@ -39,8 +61,7 @@ def evaluate_task(
     resamples: int = RESAMPLES,
     probes: tuple[str, ...] = (),
     *,
-    num_workers: int = 0,
-    dtype: torch.dtype | None = None,
+    options: EvaluationOptions | None = None,
 ) -> TaskResult:
     """Evaluate a model on a task and return the result, the same in all processes; so are errors.
 
@@ -54,29 +75,74 @@ def evaluate_task(
         sheet: PNG to draw of 24 images with their best captions (classification).
         resamples: Bootstrap resamples for the main metric's 95 % confidence interval; 0 leaves it out.
         probes: Names in `PROBES`, fitted to the training split of a classification task.
-        num_workers: Worker processes that read images, per process; 0 uses a thread.
-        dtype: Type to compute embeddings in under autocast; None leaves the model's own.
+        options: Further options.
 
     Raises:
         UserError: The data is missing or contradicts itself, or the model has no amortizer to score with.
     """
-    encoder = Encoder(model, processor, batch_size, num_workers, dtype, share or ProcessShard())
-    was_training = model.training
-    model.eval()
+    options = options or EvaluationOptions()
+    scorings = tuple(name for name in SCORINGS if name in map(scoring_name, ("cosine", *scorings)))
+    probes = probes if task.kind == "classification" else ()
+    encoder = Encoder(model, processor, batch_size, options.num_workers, options.dtype, share or ProcessShard())
+    with encoder.shard.agreement():
+        require_amortizer(model, scorings)
+        data = find_data(task, data_dir)
+        identity = _identify(data, data_dir, scorings, resamples, probes, options)
+        is_done = options.previous is not None and bool(identity) and options.previous.identity == identity
+    # The first process decides, as the others may not see its files.
+    if (previous := encoder.shard.gather_objects([options.previous if is_done else None])[0]) is not None:
+        return previous
+    scored = _evaluate_kind(encoder, data, scorings, options.sinkhorn, probes, data_dir, sheet)
+    with encoder.shard.agreement():
+        result = _make_result(data, scored, resamples)
+    result.identity = identity
+    return result
+
+
+def _evaluate_kind(
+    encoder: Encoder,
+    data: TaskData,
+    scorings: tuple[str, ...],
+    sinkhorn: SinkhornSettings,
+    probes: tuple[str, ...],
+    data_dir: Path,
+    sheet: Path | None,
+) -> Scored:
+    """Return a task's scores from the evaluator of its kind, with the model in evaluation mode."""
+    was_training = encoder.model.training
+    encoder.model.eval()
     try:
-        with encoder.shard.agreement():
-            require_amortizer(model, scorings)
-            data = find_data(task, data_dir)
-        if task.kind == "classification":
-            scored = evaluate_classification(encoder, data, scorings, probes=probes, data_dir=data_dir, sheet=sheet)
-        elif task.kind == "retrieval":
-            scored = evaluate_retrieval(encoder, data, scorings)
-        else:
-            scored = evaluate_winogavil(encoder, data)
-        with encoder.shard.agreement():
-            return _make_result(data, scored, resamples)
+        if data.task.kind == "classification":
+            return evaluate_classification(
+                encoder, data, scorings, sinkhorn=sinkhorn, probes=probes, data_dir=data_dir, sheet=sheet
+            )
+        if data.task.kind == "retrieval":
+            return evaluate_retrieval(encoder, data, scorings, sinkhorn=sinkhorn)
+        return evaluate_winogavil(encoder, data)
     finally:
-        model.train(was_training)
+        encoder.model.train(was_training)
+
+
+def _identify(
+    data: TaskData,
+    data_dir: Path,
+    scorings: tuple[str, ...],
+    resamples: int,
+    probes: tuple[str, ...],
+    options: EvaluationOptions,
+) -> dict[str, str]:
+    """Return the identity of the result to come, {} for a model without a record."""
+    if options.model_record is None:
+        return {}
+    splits = [data, *([find_data(data.task, data_dir, "train")] if probes else [])]
+    settings = {
+        "scorings": scorings,
+        "sinkhorn": asdict(options.sinkhorn) if "sinkhorn" in scorings else None,
+        "probes": sorted(probes),
+        "resamples": resamples,
+        "dtype": str(options.dtype),
+    }
+    return result_identity(options.model_record, data.task, [split.fingerprint() for split in splits], settings)
 
 
 def unevaluated(task: Task, status: str, reason: str) -> TaskResult:
@@ -104,6 +170,7 @@ def _make_result(data: TaskData, scored: Scored, resamples: int) -> TaskResult:
     result.unreadable = scored.unreadable[:MAX_NAMED]
     rows = np.arange(scored.num_samples)
     for scoring, metrics in scored.metrics.items():
+        result.modes[scoring] = SCORING_MODES[scoring]
         values = metrics(rows) | (scored.extra if scoring == "cosine" else {})
         if data.task.main_metric not in values:
             message = f"its data gives no {data.task.main_metric}, only {', '.join(values)}"

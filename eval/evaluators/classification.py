@@ -18,7 +18,7 @@ from eval.metrics.macro_f1 import macro_f1
 from eval.metrics.mean_per_class_recall import mean_per_class_recall
 from eval.metrics.top_k_accuracy import top_k_accuracy
 from eval.metrics.worst_group_accuracy import worst_group_accuracy
-from eval.scoring import log_partition_corrections
+from eval.scoring import SinkhornSettings, log_partition_corrections
 from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.embedder_amorlip import stream_texts
 
@@ -97,6 +97,7 @@ def evaluate_classification(
     data: TaskData,
     scorings: tuple[str, ...],
     *,
+    sinkhorn: SinkhornSettings | None = None,
     probes: tuple[str, ...] = (),
     data_dir: Path | None = None,
     sheet: Path | None = None,
@@ -104,6 +105,8 @@ def evaluate_classification(
     """Score a classification task's images against its classes.
 
     Args:
+        scorings: Names in `SCORINGS`.
+        sinkhorn: Settings of Sinkhorn scoring.
         probes: Names in `PROBES`, fitted to the training split in `data_dir`.
         sheet: PNG to draw of images with their five best classes.
 
@@ -114,7 +117,11 @@ def evaluate_classification(
     classifier = _build_sharded_classifier(encoder, data)
     with encoder.shard.agreement():
         _check_labels(data, samples.labels)
-        scored = _score(encoder, data, samples, classifier, scorings)
+        prior = _class_prior(data)
+        corrections = log_partition_corrections(
+            encoder.model, scorings, samples.image_embeds, classifier, "text", sinkhorn=sinkhorn, prior=prior
+        )
+        scored = _score(data, samples, classifier, corrections)
     if probes:
         scored.extra |= _fit_probes(encoder, data, samples, probes, data_dir)
     with encoder.shard.agreement():
@@ -148,13 +155,23 @@ def _check_labels(data: TaskData, labels: Tensor) -> None:
         )
 
 
+def _class_prior(data: TaskData) -> Tensor | None:
+    """Return the task's expected shares of classes [C], None if it gives none."""
+    prior = data.task.class_prior
+    if prior and (len(prior) != len(data.classes) or min(prior) <= 0):
+        raise UserError(
+            f"Task {data.task.name}: class_prior has {len(prior)} values for {len(data.classes)} classes; "
+            "give one value above 0 per class."
+        )
+    return torch.tensor(prior) if prior else None
+
+
 def _score(
-    encoder: Encoder, data: TaskData, samples: EncodedSamples, classifier: Tensor, scorings: tuple[str, ...]
+    data: TaskData, samples: EncodedSamples, classifier: Tensor, corrections: dict[str, Tensor | None]
 ) -> Scored:
     labels = samples.labels.numpy()
     metadata = samples.metadata.numpy() if samples.metadata.shape[1] else None
     scored = Scored(len(samples), {}, unreadable=samples.unreadable)
-    corrections = log_partition_corrections(encoder.model, scorings, samples.image_embeds, classifier, "text")
     for scoring, correction in corrections.items():
         top = top_classes(samples.image_embeds, classifier, 5, correction).numpy()
         scored.metrics[scoring] = _make_metrics(top, labels, metadata, data.task.ignored_groups)

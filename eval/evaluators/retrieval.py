@@ -9,7 +9,7 @@ from torch import Tensor
 from eval.data import TaskData
 from eval.encoding import Encoder, encode_samples
 from eval.evaluators.scored import Metrics, Scored
-from eval.scoring import log_partition_corrections
+from eval.scoring import SinkhornSettings, log_partition_corrections
 from modeling_amorlip.cli_amorlip import UserError
 
 
@@ -58,8 +58,14 @@ def retrieval_metrics(to_text: Tensor, to_image: Tensor) -> dict[str, float]:
     return metrics
 
 
-def evaluate_retrieval(encoder: Encoder, data: TaskData, scorings: tuple[str, ...]) -> Scored:
+def evaluate_retrieval(
+    encoder: Encoder, data: TaskData, scorings: tuple[str, ...], *, sinkhorn: SinkhornSettings | None = None
+) -> Scored:
     """Score a retrieval task's images and captions against each other.
+
+    Args:
+        scorings: Names in `SCORINGS`.
+        sinkhorn: Settings of Sinkhorn scoring.
 
     Raises:
         UserError: The data has no captions.
@@ -71,8 +77,8 @@ def evaluate_retrieval(encoder: Encoder, data: TaskData, scorings: tuple[str, ..
             raise UserError(f"Task {data.task.name}: none of its {len(samples)} images has a caption.")
         image_groups = torch.arange(len(samples))
         text_groups = image_groups.repeat_interleave(samples.text_counts)
-        of_texts = log_partition_corrections(encoder.model, scorings, images, texts, "text")
-        of_images = log_partition_corrections(encoder.model, scorings, texts, images, "image")
+        of_texts = log_partition_corrections(encoder.model, scorings, images, texts, "text", sinkhorn=sinkhorn)
+        of_images = log_partition_corrections(encoder.model, scorings, texts, images, "image", sinkhorn=sinkhorn)
         metrics = {
             scoring: _make_metrics(
                 recall_hits(images, texts, image_groups, text_groups, of_texts[scoring]),

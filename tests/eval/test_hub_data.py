@@ -6,6 +6,7 @@ import pytest
 
 import eval.run
 from eval.data import HUB, find_data
+from eval.models import identify_model, load_model, revision
 from eval.report import read_report
 from eval.tasks import Task
 from modeling_amorlip.cli_amorlip import UserError
@@ -25,7 +26,7 @@ def hub(monkeypatch, tmp_path):
 def upload(hub, name, folder):
     """Put a folder into the hub as a repository of its own."""
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    hub.repositories[name] = Repository(private=False)
+    hub.repositories.setdefault(name, Repository(private=False))
     hub.repositories[name].branches["main"] = hub.repositories[name].add(files, "data")
 
 
@@ -43,6 +44,21 @@ def test_task_is_read_straight_from_the_hub(hub, demo_rows, tmp_path, monkeypatc
     results[0].identity.pop("data", None), results[1].identity.pop("data", None)
     assert results[0] == results[1]
     assert results[0].status == "complete" and results[0].hub_dataset == "user/wds_pets"
+
+
+def test_model_on_the_hub_is_known_by_its_commit_and_weights(hub, tmp_path):
+    record = {}
+    for seed in (0, 1):
+        upload(hub, "user/model", save_model(tmp_path / f"model{seed}", seed))
+        model, processor = load_model("user/model")
+        record[seed] = identify_model("user/model", model, processor)
+        commit = hub.repositories["user/model"].branches["main"]
+        assert record[seed].revision == revision("user/model", model) == commit
+        folder = tmp_path / f"model{seed}"
+        assert record[seed].weights == identify_model(str(folder), *load_model(str(folder))).weights
+    assert record[0].weights != record[1].weights and record[0].tokenizer == record[1].tokenizer
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model("user/model", revision="absent")
 
 
 def test_repository_that_cannot_be_read_is_named(hub):

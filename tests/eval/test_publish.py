@@ -56,7 +56,7 @@ def run_folder(tmp_path):
 
 
 def make_result(hub_dataset=None):
-    scores = {"cosine": {"acc1": Metric(0.25, [0.2, 0.3])}, "gallery": {"acc1": Metric(0.5)}}
+    scores = {"cosine": {"acc1": Metric(0.25, [0.2, 0.3])}, "exact": {"acc1": Metric(0.5)}}
     return TaskResult(
         *("emoji", "Emoji", f"{SECRET}/emoji.parquet", "test", "complete", "acc1", 4, 4),
         reason=f"4 cannot be read, the first is {SECRET}/a.png (cut off)",
@@ -67,7 +67,7 @@ def make_result(hub_dataset=None):
 
 def write_results(folder, path, hub_dataset=None):
     model = ModelRecord(str(folder), "abc", 12, hash_files(weight_files(folder)), "p", "t")
-    Report(model, ["cosine", "gallery"], tasks={"emoji": make_result(hub_dataset)}).write(path)
+    Report(model, ["cosine", "exact"], tasks={"emoji": make_result(hub_dataset)}).write(path)
     return path
 
 
@@ -160,7 +160,7 @@ def test_card_has_results_parameters_and_authors(hub, run_folder, tmp_path):
     publish(run_folder, REPO, write_results(run_folder, tmp_path / "results.json"))
     card = hub.repositories[REPO].at("main")[1]["README.md"].decode()
     assert "| Emoji | acc1 | cosine (inductive) | 25.00 | 20.00 – 30.00 | 4 |" in card
-    assert "| Emoji | acc1 | gallery (transductive) | 50.00 |  | 4 |" in card
+    assert "| Emoji | acc1 | exact (transductive) | 50.00 |  | 4 |" in card
     parameters = sum(p.numel() for p in make_model()[0].parameters())
     assert f"has {parameters / 1e6:.1f} million parameters" in card
     assert "Sun, Haotian and Li, Yitong and Zhuang, Yuchen and He, Niao and Dai, Hanjun and Dai, Bo" in card
@@ -196,7 +196,7 @@ def test_card_that_was_edited_on_the_hub_keeps_its_sections(hub, run_folder, tmp
     metadata = yaml.safe_load(merged.split("---")[1])
     assert (metadata["license"], metadata["language"]) == ("mit", "de") and "mine" in metadata["tags"]
     assert "## Thanks\n\nTo everyone.\n\n## Limits\n\nOnly emoji." in merged
-    assert "| Emoji | acc1 | gallery (transductive) | 50.00" in merged and merged.count("## Results") == 1
+    assert "| Emoji | acc1 | exact (transductive) | 50.00" in merged and merged.count("## Results") == 1
     before = len(repository.commits)
     publish(run_folder, REPO, tmp_path / "results.json")
     assert len(repository.commits) == before

@@ -62,6 +62,7 @@ def test_reads_schema_3(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps({**content, "probes": [], "tasks": {"cars": entry}, "aggregates": {}}))
     result = read_report(tmp_path / "r.json").tasks["cars"]
     assert result.value == 0.5 and result.metrics["acc1"].ci95 == [0.4, 0.6] and not result.identity
+    assert result.scores["exact"]["acc1"].value == 0.6  # by its present name
     assert result.hub_dataset == "djghosh/wds_cars_test"
 
 

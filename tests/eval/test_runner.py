@@ -14,7 +14,7 @@ import eval.run
 from eval.evaluators.probes import knn
 from eval.models import load_model
 from eval.report import read_report
-from eval.runner import evaluate_task
+from eval.runner import EvaluationOptions, evaluate_task
 from eval.tasks import known_tasks, select_tasks
 from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.embedder_amorlip import encode_images, encode_texts
@@ -87,7 +87,7 @@ def test_every_datacomp_task_runs_on_its_layout(model_folder, pictures, tmp_path
     assert Image.open(output.with_suffix(".png")).height > 500  # 38 bars
 
 
-EXTRA = ("gallery", "amortized")
+EXTRA = ("exact", "amortized", "sinkhorn")
 
 
 @pytest.fixture(scope="module")
@@ -152,16 +152,23 @@ def test_retrieval_matches_brute_force(model_folder, digits):
 
 
 @pytest.mark.e2e
-def test_two_processes_give_the_same_results(model_folder, digits, tmp_path):
-    folder = digits[0]
+def test_results_do_not_depend_on_the_number_of_processes(model_folder, digits, pictures, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(digits[0], folder)
+    (folder / "tasks.yaml").write_text(
+        (folder / "tasks.yaml").read_text()
+        + "cues: {repositories: [nlphuji/winogavil], kind: winogavil, main_metric: jaccard_score}\n"
+    )
+    write_miniature(known_tasks()["misc/winogavil"], folder / "winogavil", pictures)
     results = []
-    for launch in (None, 2):
+    for launch in (None, 2, 4):
         output = tmp_path / f"{launch}.json"
         options = ["--tasks", folder / "tasks.yaml", "--data_dir", folder, "--output", output, "--bootstrap", "10"]
+        options += ["--batch_size", "48", "--num_workers", "0" if launch else "2", "--scoring", "sinkhorn"]
         result = run("eval/run.py", "--model", model_folder, *options, launch=launch)
         assert result.returncode == 0, result.stderr
         results.append(read_json(output)["tasks"])
-    assert results[0] == results[1]
+    assert len(results[0]) == 3 and results[0] == results[1] == results[2]
 
 
 def test_run_continues_and_bad_task_costs_no_other(model_folder, digits, tmp_path, monkeypatch, capsys):
@@ -183,6 +190,73 @@ def test_run_continues_and_bad_task_costs_no_other(model_folder, digits, tmp_pat
     assert "emoji: done before" in capsys.readouterr().out
     digits_result = read_report(output).tasks["digits"]
     assert digits_result.status == "complete" and digits_result.num_samples == 300
+
+
+def test_result_of_something_else_is_not_taken_over(model_folder, digits, tmp_path, monkeypatch, capsys):
+    """New weights, processor, tokenizer, task, template, data or settings each mean a new evaluation."""
+    folder, model = tmp_path / "data", tmp_path / "model"
+    shutil.copytree(digits[0], folder)
+    shutil.copytree(model_folder, model)
+    command = ["--model", model, "--tasks", f"{folder / 'tasks.yaml'}:digits", "--data_dir", folder]
+    command += ["--output", tmp_path / "results.json", "--bootstrap", "0"]
+
+    def is_taken_over(*options):
+        assert run_main(monkeypatch, eval.run, *command, *options) == 0
+        return "digits: done before" in capsys.readouterr().out
+
+    def replace(path, old, new):
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    assert not is_taken_over() and is_taken_over()
+    changes = [
+        lambda: save_model(model, seed=1),
+        lambda: replace(model / "processor_config.json", '"image_mean": [', '"image_mean": [ 0.1, 0.1, 0.1], "x": ['),
+        lambda: replace(folder / "tasks.yaml", "size: 300", "size: 299"),
+        lambda: replace(folder / "wds_digits/zeroshot_classification_templates.txt", "number {c}", "digit {c}"),
+        lambda: shutil.copy(folder / "wds_digits/test/0.tar", folder / "wds_digits/test/1.tar"),
+    ]
+    for change in changes:
+        change()
+        assert not is_taken_over() and is_taken_over()
+    assert not is_taken_over("--scoring", "exact") and is_taken_over("--scoring", "gallery")
+    assert not is_taken_over("--dtype", "bfloat16")
+    shutil.copytree(model, tmp_path / "other")
+    assert run_main(monkeypatch, eval.run, *command, "--model", tmp_path / "other") == 1
+    assert "holds results of" in capsys.readouterr().err
+
+
+def test_outputs_are_checked_before_the_work(model_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(eval.run, "load_model", lambda *_, **__: pytest.fail("the work began"))
+    for option in ("--output", "--contact_sheet"):
+        command = ["--model", model_folder, "--tasks", "emoji_openmoji", option, tmp_path / "file/r.json"]
+        assert run_main(monkeypatch, eval.run, *command) == 1
+        assert f"{option} {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_worker_processes_and_autocast(model_folder, digits):
+    folder = digits[0]
+    model, processor = load_model(str(model_folder))
+    (task,) = select_tasks([f"{folder / 'tasks.yaml'}:digits"])
+    results = [
+        evaluate_task(model, processor, task, folder, 64, resamples=0, options=options)
+        for options in (EvaluationOptions(), EvaluationOptions(num_workers=2))
+    ]
+    assert results[0] == results[1]
+    half = evaluate_task(model, processor, task, folder, 64, options=EvaluationOptions(dtype=torch.bfloat16))
+    assert half.num_samples == 300 and model.dtype == torch.float32
+
+
+def test_probe_of_the_split_that_is_evaluated_is_refused(model_folder, demo_rows, tmp_path):
+    demo_rows.select(range(4)).select_columns(["image"]).add_column("label", list("abab")).to_parquet(
+        tmp_path / "train.parquet"
+    )
+    for split, message in (("train", "needs a training split other than"), ("test", "there is no train split")):
+        (tmp_path / "t.yaml").write_text(f"mine: {{data: train.parquet, split: {split}}}")
+        (task,) = select_tasks([str(tmp_path / "t.yaml")])
+        with pytest.raises(UserError, match=message):
+            evaluate_task(*load_model(str(model_folder)), task, tmp_path, probes=("knn",), resamples=0)
 
 
 def test_missing_shards_are_counted(model_folder, digits, tmp_path):

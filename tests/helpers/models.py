@@ -30,8 +30,7 @@ def make_model(seed: int = 0, **changes) -> tuple[AmorLIPModel, CLIPProcessor]:
     config = AmorLIPConfig(
         vision_config={**TOWER, "model_type": "clip_vision_model", "image_size": 32, "patch_size": 16},
         text_config={**TOWER, **text, "model_type": "clip_text_model"},
-        projection_dim=16,
-        **changes,
+        **{"projection_dim": 16, **changes},
     )
     size = {"height": 32, "width": 32}
     image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size, do_convert_rgb=True)

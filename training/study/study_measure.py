@@ -78,8 +78,14 @@ def measure(
 
 def _score(run: TrainingRun, task: Task) -> tuple[dict[str, float], int]:
     """Return the main metric by scoring, as fractions, and the number of samples of the task."""
-    result = evaluate_task(run.model, run.processor, task, scorings=("cosine", "gallery"), resamples=0)
-    return {name: metrics[task.main_metric].value for name, metrics in result.scores.items()}, result.num_samples
+    result = evaluate_task(run.model, run.processor, task, scorings=("cosine", "exact"), resamples=0)
+    values = {name: metrics[task.main_metric].value for name, metrics in result.scores.items()}
+    return _by_recorded_name(values), result.num_samples
+
+
+def _by_recorded_name(values: dict[str, float]) -> dict[str, float]:
+    """Return values by the names of scorings in the recorded results: `exact` is "gallery" there, `sinkhorn` is not."""
+    return {"gallery" if name == "exact" else name: value for name, value in values.items() if name != "sinkhorn"}
 
 
 def _partition_errors(run: TrainingRun, batch_size: int, pairs: int) -> dict[str, float]:
@@ -108,7 +114,7 @@ def _calibrate(run: TrainingRun, task: Task, num_samples: int) -> dict[str, floa
     heads = AmorLIPAmortizerConfig(head_type="prototype", size=256)
     images = min(MAX_CALIBRATION_IMAGES, num_samples // 2)
     data = find_data(task, run.folder)
-    return calibrate(run.model, run.processor, data, heads, images, steps=CALIBRATION_STEPS)
+    return _by_recorded_name(calibrate(run.model, run.processor, data, heads, images, steps=CALIBRATION_STEPS))
 
 
 def _curve(run: TrainingRun, tasks: list[Task]) -> list[dict[str, float]]:
