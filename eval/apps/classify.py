@@ -116,7 +116,7 @@ def parse_arguments() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="glob of folders to leave out; may be repeated",
+        help="folders to leave out, a glob; may be repeated",
     )
     add("--batch_size", type=int, default=32, help="number of images to encode at a time (default: %(default)s)")
     arguments = parser.parse_args()

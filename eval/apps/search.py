@@ -198,7 +198,7 @@ def parse_arguments() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="glob of folders to leave out; may be repeated",
+        help="folders to leave out, a glob; may be repeated",
     )
     add("--index", type=user_path, help="file of embeddings (default: FOLDER.index.safetensors beside FOLDER)")
     add("--top", type=int, default=12, help="number of images to show per query (default: %(default)s)")
