@@ -110,7 +110,8 @@ def search(
     sample = list(dict.fromkeys(queries if sample is None else sample))
     sample_embeds = encode_texts(model, processor, sample)
     if scoring != EXACT:
-        return scores - log_partition_corrections(model, (scoring,), sample_embeds, image_embeds, "image")[scoring]
+        correction = log_partition_corrections(model, (scoring,), sample_embeds, image_embeds, "image")[scoring]
+        return scores if correction is None else scores - correction
     for row, query in zip(scores, queries, strict=True):
         others = sample_embeds[[text != query for text in sample]]
         row -= log_partition_corrections(model, (scoring,), others, image_embeds, "image")[scoring]
