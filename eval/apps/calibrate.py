@@ -42,7 +42,7 @@ from modeling_amorlip.cli_amorlip import UserError, cli_entry_point
 from modeling_amorlip.configuration_amorlip import HEAD_TYPES, AmorLIPAmortizerConfig
 from modeling_amorlip.convert_clip_to_amorlip import convert
 from modeling_amorlip.embedder_amorlip import encode_images, encode_texts
-from modeling_amorlip.tiles_amorlip import log_sum_exps
+from modeling_amorlip.loss_amorlip import cross_log_partitions
 
 
 @dataclass
@@ -97,7 +97,7 @@ def encode_gallery(model: Any, processor: Any, data: TaskData) -> Gallery:
 
 def exact_targets(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Return the log-mean-exps [I], [T] of each image's logits with all texts, and of each text's with all images."""
-    log_z_image, log_z_text = log_sum_exps(images, texts, scale, bias, 0, 1.0, 1024)
+    log_z_image, log_z_text = cross_log_partitions(images, texts, scale, logit_bias=bias, tile_size=1024)
     return log_z_image - torch.tensor(len(texts)).log(), log_z_text - torch.tensor(len(images)).log()
 
 

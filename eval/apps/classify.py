@@ -111,7 +111,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--template", default=TEMPLATE, help="text with {} where the label goes (default: %(default)s)")
     add("--top", type=int, default=5, help="number of labels to show per image (default: %(default)s)")
     add("--output", type=user_path, help="table of image, rank, label, probability to write, FILE.csv or FILE.json")
-    add("--exclude", nargs="+", action="extend", default=[], metavar="PATTERN", help="folders to leave out, as globs")
+    add(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="folders to leave out, a glob; may be repeated",
+    )
     add("--batch_size", type=int, default=32, help="number of images to encode at a time (default: %(default)s)")
     arguments = parser.parse_args()
     if not arguments.images:

@@ -55,10 +55,10 @@ def index_images(
     Raises:
         UserError: no image can be read, `file` holds something other than an index, or it cannot be written.
     """
-    origin = {"version": VERSION, "revision": str(model_revision)}
-    origin["image_processor"] = processor.image_processor.to_json_string()
+    origin = {"version": VERSION, "revision": str(model_revision), "image_processor": _describe(processor)}
     stamps = _stamps(folder, find_images(folder, exclude))
-    entries = _read_index(file, origin) if model_revision else {}
+    entries = _read_index(file, origin)  # also where it cannot be reused: another kind of file is not replaced
+    entries = entries if model_revision else {}
     embeds = {path: entries[stamp] for path, stamp in stamps.items() if stamp in entries}
     others = _other_entries(folder, entries, stamps)
     missing = [path for path in stamps if path not in embeds]
@@ -75,6 +75,14 @@ def index_images(
         raise UserError(f"None of the {len(stamps)} images in {printable(folder)} can be read.")
     paths = sorted(embeds)
     return paths, torch.stack([embeds[path] for path in paths])
+
+
+def _describe(processor: Any) -> str:
+    """Return all settings of an image processor as text."""
+    image_processor = processor.image_processor
+    if hasattr(image_processor, "to_json_string"):
+        return image_processor.to_json_string()
+    return repr(getattr(image_processor, "transform", image_processor))  # open_clip's
 
 
 def _stamps(folder: Path, paths: Sequence[Path]) -> dict[Path, Stamp]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TABLE_SUFFIXES = (".csv", ".json")
 ESCAPED_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, line and paragraph separators
-PROBE_SIZE = 2**20  # bytes: a disk with less free space counts as full
+PROBE_SIZE = 2**16  # bytes: a disk with less free space counts as full
 
 
 def printable(value: object) -> str:

@@ -2,7 +2,7 @@
 
     python eval/apps/search.py --model outputs/emoji_demo --images pictures "a red heart" "a cat" --sheet results.png
     python eval/apps/search.py --model outputs/emoji_demo --images pictures holiday/beach.jpg --output similar.json
-    python eval/apps/search.py --model outputs/emoji_demo --images pictures --exclude thumbnails "old/*"
+    python eval/apps/search.py --model outputs/emoji_demo --images pictures --exclude thumbnails --exclude "old/*"
 
 Embeddings are kept in an index beside the folder, or in --index FILE, so the next search encodes only new and changed
 images. Without a query, only the index is updated. A query that names an image file, or is an http or https URL, finds
@@ -110,7 +110,8 @@ def search(
     sample = list(dict.fromkeys(queries if sample is None else sample))
     sample_embeds = encode_texts(model, processor, sample)
     if scoring != EXACT:
-        return scores - log_partition_corrections(model, (scoring,), sample_embeds, image_embeds, "image")[scoring]
+        correction = log_partition_corrections(model, (scoring,), sample_embeds, image_embeds, "image")[scoring]
+        return scores if correction is None else scores - correction
     for row, query in zip(scores, queries, strict=True):
         others = sample_embeds[[text != query for text in sample]]
         row -= log_partition_corrections(model, (scoring,), others, image_embeds, "image")[scoring]
@@ -193,7 +194,13 @@ def parse_arguments() -> argparse.Namespace:
     add("query", nargs="*", help="words, an image file or the URL of an image (default: only update the index)")
     add("--model", required=True, help="folder or Hub repository of a dual encoder")
     add("--images", required=True, type=user_path, help="folder of images, searched with its subfolders")
-    add("--exclude", nargs="+", action="extend", default=[], metavar="PATTERN", help="folders to leave out, as globs")
+    add(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="folders to leave out, a glob; may be repeated",
+    )
     add("--index", type=user_path, help="file of embeddings (default: FOLDER.index.safetensors beside FOLDER)")
     add("--top", type=int, default=12, help="number of images to show per query (default: %(default)s)")
     add("--scoring", type=_scoring_name, choices=SCORINGS, default="cosine", help="how to rank (default: %(default)s)")

@@ -156,3 +156,29 @@ def test_default_index_lies_beside_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "a")
     for folder in (".", "../a", "../a/"):
         assert default_index(Path(folder)) == tmp_path / "a.index.safetensors"
+
+
+@pytest.mark.parametrize("revision", ["one", None])
+def test_other_files_are_not_replaced(update, file, revision):
+    save_file({"weight": torch.zeros(2)}, file)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="is not an index of images"):
+        update(revision)
+    assert file.read_bytes() == before
+
+
+def test_image_processor_of_open_clip_identifies_the_index(loaded, update):
+    processor = loaded[1]
+    image_processor = processor.image_processor
+
+    class Transform:  # without to_json_string, do_rescale and do_normalize, like the one of eval.open_clip_models
+        do_rescale = do_normalize = False
+        transform = "Resize(32)"
+
+        def __call__(self, images, return_tensors):
+            return image_processor(images, return_tensors=return_tensors)
+
+    processor.image_processor = Transform()
+    assert update()[2] == 40 and update()[2] == 0
+    Transform.transform = "Resize(48)"
+    assert update()[2] == 40

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoProcessor
 
 from eval.apps.outputs import printable
 from eval.apps.search import EXACT, SearchResult, check_scoring, draw_sheet, main, search
+from eval.scoring import SCORINGS
 from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.embedder_amorlip import encode_texts
 
@@ -176,6 +177,13 @@ def test_search_by_picture_finds_the_picture(call, emoji_files, monkeypatch):
     assert status == 0 and "nowhere.png is no file; searching for it as words" in errors
 
 
+def test_exclude_leaves_the_query_alone(call, emoji_files):
+    status, printed, errors = call("--images", emoji_files, "--exclude", "odd", "--exclude", "x*", "a cat", "--top", 40)
+    assert status == 0, errors
+    lines = printed.splitlines()
+    assert lines[0] == "a cat" and len(lines) == 21 and not any("/odd/" in line for line in lines)
+
+
 def test_search_without_query_updates_the_index(call, emoji_files, tmp_path):
     status, printed, errors = call("--images", emoji_files, "--index", tmp_path / "i.safetensors")
     assert status == 0 and printed == f"40 images in the index {tmp_path / 'i.safetensors'}\n", errors
@@ -228,3 +236,14 @@ def test_repeated_queries_count_once(loaded):
     scores = search(*loaded, QUERIES, images, EXACT)
     repeated = search(*loaded, [*QUERIES, QUERIES[0]], images, EXACT)
     torch.testing.assert_close(repeated, scores[[0, 1, 2, 0]])
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_every_scoring_corrects_images_alike_for_all_queries(loaded, scoring):
+    """Apart from `exact`, which leaves out the query itself, a correction depends on the image only."""
+    images = torch.nn.functional.normalize(torch.randn(9, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    corrections = search(*loaded, QUERIES, images) - search(*loaded, QUERIES, images, scoring, SAMPLE)
+    assert corrections.shape == (3, 9) and corrections.isfinite().all()
+    if scoring != EXACT:
+        torch.testing.assert_close(corrections, corrections[:1].expand(3, 9))
+    assert (scoring == "cosine") == bool((corrections == 0).all())
