@@ -27,6 +27,8 @@ from training.objectives.clip import CLIPObjective
 from training.run.run_logger import RunLogger
 
 
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types to evaluate in, by the precision of training; others evaluate in the model's own."""
 NO_AUGMENTATION = AugmentationConfig(crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0])
 
 
@@ -115,7 +117,7 @@ class Evaluator:
     validation_loader: DataLoader | None
 
     def evaluate(self, step: int, sheet_folder: Path | None = None) -> Evaluation:
-        """Compute the validation loss and evaluate the tasks, with the tasks' samples shared over all processes.
+        """Compute the validation loss and evaluate the tasks, over all processes and in the precision of training.
 
         Args:
             step: steps that the model has been trained for.
@@ -136,6 +138,7 @@ class Evaluator:
             share=ProcessShard(self.accelerator.process_index, self.accelerator.num_processes),
             sheet=sheet_folder / f"{task.name}.png" if sheet_folder else None,
             resamples=0,
+            dtype=AUTOCAST_DTYPES.get(self.accelerator.mixed_precision),
         )
 
     def is_best(self, evaluation: Evaluation) -> bool:

@@ -19,15 +19,17 @@ from modeling_amorlip.loss_amorlip import (
     amortization_loss,
     amortized_contrastive_loss,
     blend_log_targets,
+    cross_log_partitions,
     gather_texts,
     log_partitions,
 )
-from modeling_amorlip.tiles_amorlip import log_sum_exps
 from training.objectives.base import ContrastiveObjective, ObjectiveOutput, fit
 
 
 MAX_LOG_RATIO = 10.0
 """Nats that a log-partition may lie below its batch estimate. A batch of N is off by log N at most."""
+RECENT_TILE_SIZE = 1024
+"""Rows and columns of a tile of the logits with recent pairs."""
 SAVED_ATTRIBUTES = ("step", "fresh", "beta", "rho", "any_recent")
 """State in checkpoints besides tensors."""
 PARTITION_SOURCES = ("target_network", "blended", "online", "batch")
@@ -213,14 +215,19 @@ class AmorLIPObjective(ContrastiveObjective):
         if not self.any_recent:
             return log_z
         log_total = math.log(math.exp(batch.log_count) + self.arguments.recent_pairs)
-        scale = batch.logit_scale.float()
-        bias = torch.zeros_like(scale) if batch.logit_bias is None else batch.logit_bias.float()
-        sides = (
-            (batch.image_embeds.float(), self.recent_texts.get_buffer("embeds")),
-            (batch.text_embeds.float(), self.recent_images.get_buffer("embeds")),
-        )
+        sides = ((batch.image_embeds, self.recent_texts), (batch.text_embeds, self.recent_images))
+        bias = None if batch.logit_bias is None else batch.logit_bias.float()
         with torch.autocast(batch.image_embeds.device.type, enabled=False):
-            log_recent = [log_sum_exps(embeds, recent, scale, bias, 0, 1.0, 1024)[0] for embeds, recent in sides]
+            log_recent = [
+                cross_log_partitions(
+                    embeds.float(),
+                    ring.get_buffer("embeds"),
+                    batch.logit_scale.float(),
+                    logit_bias=bias,
+                    tile_size=RECENT_TILE_SIZE,
+                )[0]
+                for embeds, ring in sides
+            ]
         return [torch.logaddexp(*both) + (batch.log_count - log_total) for both in zip(log_z, log_recent, strict=True)]
 
     def _store_recent(self, batch: EmbeddedBatch) -> None:
