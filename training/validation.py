@@ -15,7 +15,7 @@ from transformers import ProcessorMixin
 
 from eval.data import find_data
 from eval.report import Evaluation, TaskResult, print_table, read_evaluations
-from eval.runner import ProcessShard, evaluate_task
+from eval.runner import EvaluationOptions, ProcessShard, evaluate_task
 from eval.tasks import ROOT, Task
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel
 from training.config import AugmentationConfig, PretrainConfig
@@ -138,7 +138,7 @@ class Evaluator:
             share=ProcessShard(self.accelerator.process_index, self.accelerator.num_processes),
             sheet=sheet_folder / f"{task.name}.png" if sheet_folder else None,
             resamples=0,
-            dtype=AUTOCAST_DTYPES.get(self.accelerator.mixed_precision),
+            options=EvaluationOptions(dtype=AUTOCAST_DTYPES.get(self.accelerator.mixed_precision)),
         )
 
     def is_best(self, evaluation: Evaluation) -> bool:

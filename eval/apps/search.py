@@ -38,13 +38,12 @@ from eval.apps.outputs import TABLE_SUFFIXES, check_writable, printable, unwrita
 from eval.apps.texts import check_encodable, read_lines
 from eval.models import load_model, revision
 from eval.plots import contact_sheet
-from eval.scoring import SCORINGS, log_partition_corrections, require_amortizer
+from eval.scoring import SCORINGS, log_partition_corrections, require_amortizer, scoring_name
 from modeling_amorlip.cli_amorlip import UserError, cli_entry_point
 from modeling_amorlip.embedder_amorlip import encode_images, encode_texts
 from modeling_amorlip.images_amorlip import IMAGE_EXTENSIONS
 
 
-EXACT = "exact" if "exact" in SCORINGS else "gallery"
 SHEET_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 SHEET_COLUMNS = 6
 MAX_SHEET_ROWS = 200  # pictures of 2^16 pixels and more cannot be written
@@ -109,7 +108,7 @@ def search(
         return scores if correction is None else scores - correction
     sample = list(dict.fromkeys(queries if sample is None else sample))
     sample_embeds = encode_texts(model, processor, sample)
-    if scoring != EXACT:
+    if scoring != "exact":
         correction = log_partition_corrections(model, (scoring,), sample_embeds, image_embeds, "image")[scoring]
         return scores if correction is None else scores - correction
     for row, query in zip(scores, queries, strict=True):
@@ -182,11 +181,6 @@ def _thumbnail(path: Path) -> Image.Image | None:
     return image
 
 
-def _scoring_name(name: str) -> str:
-    """Return a scoring's present name; `gallery` is a former name of `exact`."""
-    return EXACT if name in ("exact", "gallery") else name
-
-
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line; raises `UserError` for options that cannot work."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,7 +197,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--index", type=user_path, help="file of embeddings (default: FOLDER.index.safetensors beside FOLDER)")
     add("--top", type=int, default=12, help="number of images to show per query (default: %(default)s)")
-    add("--scoring", type=_scoring_name, choices=SCORINGS, default="cosine", help="how to rank (default: %(default)s)")
+    add("--scoring", type=scoring_name, choices=SCORINGS, default="cosine", help="how to rank (default: %(default)s)")
     add("--queries", type=user_path, help="text file of typical queries, one per line, for exact and sinkhorn")
     add("--output", type=user_path, help="table of the results to write, FILE.csv or FILE.json")
     add("--sheet", type=user_path, help=f"picture of the results to draw ({', '.join(SHEET_SUFFIXES)})")
