@@ -162,9 +162,12 @@ class Trainer:
         self.accelerator.register_for_checkpointing(self.objective)
 
         batch_size = self.sampler.global_batch_size
-        self.state = TrainState(num_processes=self.accelerator.num_processes, global_batch_size=batch_size)
+        self.state = TrainState(
+            num_processes=self.accelerator.num_processes, global_batch_size=batch_size, order_version=order.version
+        )
         if checkpoint is not None:
             self.state = load_checkpoint(self.accelerator, checkpoint, batch_size)
+            self.sampler.order = EpochOrder(pairs, arguments, order.excluded, self.state.order_version)
         self.sampler.start_step = self.state.step
         self.guards = Guards(
             arguments, self.logbook, self.accelerator.process_index, self.state.skipped_steps, self.accelerator.device

@@ -24,8 +24,9 @@ from modeling_amorlip.images_amorlip import open_image
 from training.config import PretrainConfig
 from training.data.collate import BadSample, Collator, Sample
 from training.data.mixture import Mixture
-from training.data.order import Complement, EpochOrder, PairSampler
+from training.data.order import EpochOrder, PairSampler
 from training.data.pairs import check_caption
+from training.data.permutation import Complement
 from training.data.transforms import augment
 
 

@@ -23,7 +23,11 @@ STATE_FILE = "train_state.json"
 
 @dataclass
 class TrainState:
-    """Where a run stands; the position in the data follows from the step."""
+    """Where a run stands; the position in the data follows from the step.
+
+    Attributes:
+        order_version: version of the data order (`training.data.order`); checkpoints without one have the first.
+    """
 
     step: int = 0
     samples_seen: int = 0
@@ -31,6 +35,7 @@ class TrainState:
     global_batch_size: int = 0
     skipped_steps: int = 0
     best_value: float | None = None
+    order_version: int = 1
 
 
 def save_checkpoint(
