@@ -106,6 +106,7 @@ class DataConfig:
     shuffle_buffer: int = _field(10_000, "pairs that are mixed among each other, with shuffle shards")
     train_split: str = _field("train", "split of the data set")
     csv_separator: str | None = _field(None, "separator of CSV and TSV files; else the one that gives the columns")
+    shard_cache_size: float = _field(50.0, "gigabytes of remote shards that are kept on the local disk")
     image_column: str = _field("image", "column of images")
     caption_column: str = _field("caption", "column of captions")
     further_caption_columns: list[str] = _field([], "more columns of captions; one of all is drawn a time")
