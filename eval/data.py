@@ -1,110 +1,226 @@
-"""Samples of a task from the public layouts (WebDataset tars, parquet) or through `datasets`, one after the other.
+"""A task's samples, from the public layouts (WebDataset tars, parquet) or through `datasets`.
 
 A folder in the WebDataset layout holds `test/0.tar ...`, `test/nshards.txt`, `classnames.txt` and
-`zeroshot_classification_templates.txt`; the members of a sample share the name up to the first dot. Tars are read as
-streams and nothing is ever extracted.
+`zeroshot_classification_templates.txt`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-import re
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
-from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from PIL import Image
 
+from eval.tables import (
+    check_strings,
+    check_templates,
+    image_source,
+    label_values,
+    load_parquet,
+    select_split,
+)
+from eval.tars import read_tar
 from eval.tasks import Task
 from modeling_amorlip.cli_amorlip import UserError
+from modeling_amorlip.images_amorlip import convert_to_rgb, open_image
 
 
 HUB = Path("hub")
-"""The `data_dir` that stands for repositories of the Hub."""
+"""The `data_dir` that stands for repositories on the Hub."""
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
+MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own limit
+SHARD_SIZE = 2**32  # above any shard's number of samples
 
 
 @dataclass
 class Sample:
-    """An undecoded image with what the task knows of it; an instance of WinoGAViL has several images."""
+    """Undecoded images with what the task knows of them.
 
-    images: list[bytes | Image.Image]
+    An instance of WinoGAViL has several images, its prompt as the only caption, and the right images' places.
+    """
+
+    key: str
+    images: list[bytes | str]
     label: int = -1
     captions: list[str] = field(default_factory=list)
     metadata: np.ndarray | None = None
-    cue: str = ""
     associations: list[int] = field(default_factory=list)
 
     def decode(self) -> list[Image.Image]:
-        return [i if isinstance(i, Image.Image) else Image.open(io.BytesIO(i)) for i in self.images]
+        """Return the images in RGB; raise whatever Pillow raises for data that is no image."""
+        return [convert_to_rgb(open_image(image, MAX_IMAGE_PIXELS)) for image in self.images]
 
 
 @dataclass
 class TaskData:
-    """Where a task's data was found; `samples()` reads it anew each time."""
+    """Where a task's data lies. A sample's position is its shard's number times `SHARD_SIZE` plus its index there."""
 
     task: Task
     path: str
     classes: list[str] = field(default_factory=list)
     templates: list[str] = field(default_factory=list)
     shards: list[Path] = field(default_factory=list)
-    repository: str | None = None  # of the Hub, that shards are fetched from when it is their turn
+    hub_name: str | None = None  # the data set on the Hub that this is a copy of
+    repository: str | None = None  # on the Hub, from which shards are fetched when it is their turn
+    revision: str | None = None  # of the repository, or the fingerprint of `datasets`
+    files: list[Path] = field(default_factory=list)  # parquet files behind `rows`
     rows: datasets.Dataset | None = None
+    labels: dict[Any, int] | None = None  # class numbers of labels that are not class numbers themselves
     missing_shards: int = 0
 
     def samples(self) -> Iterator[Sample]:
-        return (_sample_of_row(row, self.task) for row in self.rows) if self.rows is not None else self._from_tars()
+        """Yield all samples in order."""
+        return (sample for batch in self.batches(64) for _, sample in batch)
 
-    def _from_tars(self) -> Iterator[Sample]:
-        for shard in self.shards:
-            if self.repository:
-                shard = Path(_from_hub(hf_hub_download, self.repository, filename=shard.as_posix()))
-            for key, members in read_tar(shard):
-                image = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
-                if image is None:
-                    raise UserError(f"{shard}: sample {key} has no image ({', '.join(members)}).")
-                text = members.get("txt", b"").decode("utf-8")
-                yield Sample(
-                    [image],
-                    label=int(members.get("cls", b"-1")),
-                    captions=[line for line in text.split("\n") if line],
-                    metadata=np.load(io.BytesIO(members["npy"]), allow_pickle=False) if "npy" in members else None,
-                )
+    def batches(self, batch_size: int, reader: int = 0, readers: int = 1) -> Iterator[list[tuple[int, Sample]]]:
+        """Yield the batches of (position, sample) that are one reader's part.
+
+        Batches never cross shards and hold the same samples whatever the number of readers, so that results do not
+        depend on it. A reader reads whole shards where there are as many shards as readers.
+        """
+        if self.rows is not None:
+            for start in range(reader * batch_size, len(self.rows), readers * batch_size):
+                stop = min(start + batch_size, len(self.rows))
+                yield [(row, self._sample_of_row(row)) for row in range(start, stop)]
+            return
+        stripes = -(-readers // max(1, len(self.shards)))
+        units = [(shard, stripe) for shard in range(len(self.shards)) for stripe in range(stripes)]
+        for shard, stripe in units[reader::readers]:
+            yield from self._tar_batches(shard, batch_size, stripe, stripes)
+
+    def _tar_batches(
+        self, shard: int, batch_size: int, stripe: int, stripes: int
+    ) -> Iterator[list[tuple[int, Sample]]]:
+        """Yield every `stripes`-th batch of a shard, starting at batch `stripe`."""
+        batch: list[tuple[int, Sample]] = []
+        path = self._local_shard(shard)
+        for index, key, members in read_tar(path, lambda index: index // batch_size % stripes == stripe):
+            batch.append((shard * SHARD_SIZE + index, _sample_of_members(f"{path.name}: {key}", members)))
+            if (index + 1) % batch_size == 0:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def read(self, positions: list[int]) -> list[Sample]:
+        """Return the samples at some positions, in that order."""
+        if self.rows is not None:
+            return [self._sample_of_row(position) for position in positions]
+        samples: dict[int, Sample] = {}
+        for shard in sorted({position // SHARD_SIZE for position in positions}):
+            indices = {position % SHARD_SIZE for position in positions if position // SHARD_SIZE == shard}
+            path = self._local_shard(shard)
+            for index, key, members in read_tar(path, indices.__contains__):
+                samples[shard * SHARD_SIZE + index] = _sample_of_members(f"{path.name}: {key}", members)
+        return [samples[position] for position in positions]
+
+    def align_labels(self, reference: TaskData) -> None:
+        """Number labels that are no class numbers as another split does; labels that it lacks come after its own."""
+        if self.labels is None or reference.labels is None:
+            return
+        unseen = [value for value in self.labels if value not in reference.labels]
+        self.labels = {**reference.labels, **{value: len(reference.labels) + n for n, value in enumerate(unseen)}}
+        self.classes = reference.classes + [str(value) for value in unseen]
+
+    def fingerprint(self) -> str:
+        """Return a short hash that changes when class names, templates or data do.
+
+        Local files count by name, size and time of change, data on the Hub by its commit.
+        """
+        local = [] if self.repository else [*self.files, *self.shards]
+        stamps = [(path.name, stat.st_size, stat.st_mtime_ns) for path in local for stat in [path.stat()]]
+        content = [self.classes, self.templates, self.repository, self.revision, stamps]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def _local_shard(self, shard: int) -> Path:
+        path = self.shards[shard]
+        if not self.repository:
+            return path
+        name = path.as_posix()
+        return Path(_from_hub(hf_hub_download, self.repository, filename=name, revision=self.revision))
+
+    def _sample_of_row(self, index: int) -> Sample:
+        assert self.rows is not None
+        task, key = self.task, f"row {index}"
+        (row,) = self.rows[[index]].to_pylist()
+        where = f"{task.name}: {key}"
+        if task.kind == "winogavil":
+            chosen = [row["candidates"].index(name) for name in row["associations"]]
+            images = [image_source(value, where) for value in row["candidates_images"]]
+            return Sample(key, images, captions=[winogavil_prompt(row["cue"])], associations=chosen)
+        image = image_source(row[task.image_column], where)
+        if task.kind == "retrieval":
+            captions = row["caption"]
+            return Sample(key, [image], captions=[captions] if isinstance(captions, str) else list(captions))
+        label = row[task.label_column]
+        if self.labels is not None:
+            if label not in self.labels:
+                raise UserError(f"{where}: its label {label!r} is none of the {len(self.classes)} classes.")
+            label = self.labels[label]
+        return Sample(key, [image], label=label)
+
+
+def winogavil_prompt(cue: str) -> str:
+    """Return "A cue" or "An cue", as DataComp's evaluation of WinoGAViL words it."""
+    cue = cue.lower()
+    return f"{'An' if cue[0] in 'aeiou' else 'A'} {cue}"
+
+
+def _sample_of_members(where: str, members: dict[str, bytes]) -> Sample:
+    """Return a sample from the members of a tar; raise `UserError` for a missing image or a wrong label."""
+    image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+    if image is None:
+        raise UserError(f"{where}: the sample has no image ({', '.join(members)}).")
+    try:
+        label = int(members.get("cls", b"-1"))
+        captions = members.get("txt", b"").decode("utf-8").split("\n")
+        metadata = np.load(io.BytesIO(members["npy"]), allow_pickle=False) if "npy" in members else None
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise UserError(f"{where}: the sample cannot be read: {error}") from None
+    return Sample(where, [image], label, [line for line in captions if line], metadata)
 
 
 def find_data(task: Task, data_dir: Path, split: str | None = None) -> TaskData:
-    """The task's data below `data_dir`, or straight from the Hub if that is `HUB`.
+    """Return a task's data below `data_dir`, or on the Hub if `data_dir` is `HUB`.
 
     Args:
-        split: of the data, else the one that the task is evaluated on.
+        split: Split to read; defaults to the one that the task is evaluated on.
 
     Raises:
-        UserError: there is none, or it lacks its class names.
+        UserError: There is no such data or split, or its class names or templates are missing or wrong.
     """
     split = split or task.split
     if task.data:
-        return _through_datasets(task, data_dir, split)
+        return _through_datasets(task, data_dir.expanduser(), split)
     if data_dir == HUB:
         return _on_hub(task, split)
     names = [repository.split("/")[-1] for repository in task.repositories]
-    folder = next((data_dir / name for name in names if (data_dir / name).is_dir()), None)
-    if folder is None:
+    data_dir = data_dir.expanduser()
+    place = next((i for i, name in enumerate(names) if (data_dir / name).is_dir()), None)
+    if place is None:
         raise UserError(
-            f"{task.name}: no folder {' or '.join(names)} in {data_dir}; get it with --download {task.name}."
+            f"{task.name}: there is no folder {' or '.join(names)} in {data_dir}; fetch it with --download {task.name}."
         )
-    if parquet := sorted(map(str, folder.rglob("*.parquet"))):
-        rows = datasets.load_dataset("parquet", data_files=parquet, split="train")
-        return TaskData(task, str(folder), rows=rows)
-    return _from_shards(task, folder, split, list((folder / split).glob("*.tar")))
+    folder = data_dir / names[place]
+    if parquet := sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")):
+        files = [folder / name for name in select_split(parquet, split, task)]
+        data = _from_table(task, data_dir, str(folder), load_parquet(map(str, files), task), files=files)
+    else:
+        data = _from_shards(task, folder, split, list((folder / split).glob("*.tar")))
+    data.hub_name = task.repositories[place]
+    return data
 
 
 def _from_shards(task: Task, folder: Path, split: str, shards: list[Path]) -> TaskData:
-    """Data in the WebDataset layout, whose text files lie in `folder`."""
+    """Return data in the WebDataset layout, whose text files lie in `folder`."""
     if not shards:
         raise UserError(f"{task.name}: {folder} holds neither {split}/*.tar nor *.parquet.")
     expected = folder / split / "nshards.txt"
@@ -112,102 +228,103 @@ def _from_shards(task: Task, folder: Path, split: str, shards: list[Path]) -> Ta
     shards = sorted(shards, key=lambda path: (len(path.stem), path.stem))
     data = TaskData(task, str(folder), shards=shards, missing_shards=number - len(shards))
     if task.kind == "classification":
+        templates = folder / "zeroshot_classification_templates.txt"
         data.classes = _lines(folder / "classnames.txt")
-        data.templates = _lines(folder / "zeroshot_classification_templates.txt")
+        data.templates = check_templates(_lines(templates), str(templates))
     return data
 
 
 def _on_hub(task: Task, split: str) -> TaskData:
-    """Data of the first repository that can be read; its shards are fetched one after the other, as they are needed."""
+    """Return the first repository that can be read; its shards are fetched one after the other, as they are needed."""
+    trouble: UserError | None = None
     for repository in task.repositories:
         try:
-            names = _from_hub(list_repo_files, repository)
+            about = _from_hub(HfApi().repo_info, repository)
         except UserError as error:
-            trouble = error
+            trouble = trouble or error
             continue
-        texts = [name for name in names if name.endswith(".txt") or name.endswith(".parquet")]
-        folder = Path(_from_hub(snapshot_download, repository, allow_patterns=texts))
-        if parquet := [str(folder / name) for name in names if name.endswith(".parquet")]:
-            return TaskData(task, repository, rows=datasets.load_dataset("parquet", data_files=parquet, split="train"))
-        shards = [Path(name) for name in names if name.startswith(f"{split}/") and name.endswith(".tar")]
-        data = _from_shards(task, folder, split, shards)
-        data.repository = repository
+        names = [sibling.rfilename for sibling in about.siblings]
+        parquet = sorted(name for name in names if name.endswith(".parquet"))
+        chosen = select_split(parquet, split, task) if parquet else []
+        texts = [name for name in names if name.endswith(".txt")]
+        folder = Path(_from_hub(snapshot_download, repository, allow_patterns=texts + chosen, revision=about.sha))
+        if chosen:
+            rows = load_parquet([str(folder / name) for name in chosen], task)
+            data = _from_table(task, folder, repository, rows)
+        else:
+            shards = [Path(name) for name in names if name.startswith(f"{split}/") and name.endswith(".tar")]
+            data = _from_shards(task, folder, split, shards)
+        data.hub_name = data.repository = repository
+        data.revision = about.sha
         return data
+    assert trouble is not None
     raise trouble
 
 
-def _from_hub(call, repository: str, **options):
+def _from_hub(call: Callable[..., Any], repository: str, **options: Any) -> Any:
     try:
         return call(repository, repo_type="dataset", **options)
-    except Exception as error:  # the client raises many kinds
+    except Exception as error:  # the client raises many types
         raise UserError(f"{repository} cannot be read from the Hub: {str(error).strip().splitlines()[0]}") from None
 
 
-def read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, {extension: content}) of each sample of a WebDataset tar; raises `UserError` when it is cut off."""
-    key, members = None, {}
-    with path.open("rb") as file:
-        # A tar ends in zeros. One that is cut off would otherwise pass for a shorter one.
-        if file.seek(0, 2) < 512 or not (file.seek(-512, 2) and not any(file.read())):
-            raise UserError(f"{path} is cut off (it has no end-of-archive mark); get it anew with --download.")
-    try:
-        with tarfile.open(path, "r|*") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if f"{folder}/{stem}" != key and members:
-                    yield key, members
-                    members = {}
-                key = f"{folder}/{stem}"
-                members[extension.lower()] = tar.extractfile(member).read()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); get it anew with --download.") from None
-    if members:
-        yield key, members
-
-
 def _through_datasets(task: Task, data_dir: Path, split: str) -> TaskData:
-    path = data_dir / task.data
+    path = data_dir / Path(str(task.data)).expanduser()
     if path.suffix == ".parquet":
         if not path.is_file():
             raise UserError(f"{path} does not exist: the task's data is missing; name its folder with --data_dir.")
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
-    else:
-        try:
-            rows = datasets.load_dataset(str(path) if path.exists() else task.data, split=split)
-        except Exception as error:  # `datasets` raises many kinds
-            raise UserError(f"{task.name}: {task.data} cannot be loaded: {str(error).splitlines()[0]}") from None
-    needed = (task.image_column, "caption" if task.kind == "retrieval" else task.label_column)
-    if missing := [c for c in needed if c not in rows.column_names]:
-        raise UserError(f"{task.name}: there is no column {missing[0]}; there are {', '.join(rows.column_names)}.")
-    data = TaskData(task, task.data, rows=rows)
-    if task.kind == "retrieval":
-        return data
-    if task.texts:
-        file = data_dir / task.texts
-        if not file.is_file():
-            raise UserError(f"{file} does not exist: the class names are missing; name their folder with --data_dir.")
-        texts = json.loads(file.read_text(encoding="utf-8"))
-        data.classes, data.templates = texts["classes"], texts["templates"]
-    else:
-        data.classes = [re.sub("[_-]", " ", name) for name in rows.features[task.label_column].names]
-        data.templates = ["a photo of a {}."]
+        if split != task.split:
+            raise UserError(f"{task.name}: there is no {split} split, as {path} holds the {task.split} split alone.")
+        return _from_table(task, data_dir, str(task.data), load_parquet([str(path)], task), files=[path])
+    try:
+        rows = datasets.load_dataset(str(path) if path.exists() else task.data, split=split)
+    except Exception as error:  # `datasets` raises many types
+        raise UserError(
+            f"{task.name}: the {split} split of {task.data} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from None
+    data = _from_table(task, data_dir, str(task.data), rows)
+    data.revision, data.hub_name = rows._fingerprint, None if path.exists() else task.data
     return data
 
 
-def _sample_of_row(row: dict, task: Task) -> Sample:
-    if task.kind == "winogavil":
-        chosen = [row["candidates"].index(name) for name in row["associations"]]
-        return Sample(list(row["candidates_images"]), cue=row["cue"], associations=chosen)
-    if task.kind == "retrieval":
-        captions = row["caption"]
-        return Sample([row[task.image_column]], captions=[captions] if isinstance(captions, str) else list(captions))
-    return Sample([row[task.image_column]], label=row[task.label_column])
+def _from_table(
+    task: Task, data_dir: Path, name: str, rows: datasets.Dataset, files: list[Path] | None = None
+) -> TaskData:
+    """Return data in rows, with its class names; raise `UserError` when a column is missing."""
+    columns = {
+        "winogavil": ("candidates", "candidates_images", "associations", "cue"),
+        "retrieval": (task.image_column, "caption"),
+        "classification": (task.image_column, task.label_column),
+    }[task.kind]
+    if missing := [column for column in columns if column not in rows.column_names]:
+        raise UserError(f"{task.name}: there is no column {missing[0]}; there are {', '.join(rows.column_names)}.")
+    # Raw values, so that one decoder reads all images.
+    raw_rows = rows.select_columns(list(columns)).with_format("arrow")
+    data = TaskData(task, name, rows=raw_rows, files=files or [])
+    if task.kind != "classification":
+        return data
+    names, data.labels = label_values(rows, task)
+    data.classes, data.templates = names, ["a photo of a {c}."]
+    if task.texts:
+        data.classes, data.templates = _read_texts(data_dir / Path(task.texts).expanduser())
+        is_text = data.labels is not None and any(isinstance(value, str) for value in data.labels)
+        data.labels = {value: number for number, value in enumerate(data.classes)} if is_text else None
+    return data
+
+
+def _read_texts(file: Path) -> tuple[list[str], list[str]]:
+    """Return (class names, templates) of a task's JSON file."""
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: the class names are missing; name their folder with --data_dir.")
+    try:
+        texts = json.loads(file.read_text(encoding="utf-8"))
+        classes, templates = texts["classes"], texts["templates"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} must be a JSON object with the lists classes and templates.") from None
+    return check_strings(classes, f"{file}: classes"), check_templates(templates, str(file))
 
 
 def _lines(file: Path) -> list[str]:
     if not file.is_file():
-        raise UserError(f"{file} is missing; get it with --download.")
-    return [line for line in file.read_text(encoding="utf-8").split("\n") if line]
+        raise UserError(f"{file} is missing; fetch it with --download.")
+    return [line for line in file.read_text(encoding="utf-8").replace("\r", "").split("\n") if line]

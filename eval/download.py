@@ -1,4 +1,4 @@
-"""Fetches tasks' data from the Hub."""
+"""Fetch tasks' data from the Hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from modeling_amorlip.cli_amorlip import UserError
 
 
 def download(tasks: list[Task], data_dir: Path) -> None:
-    """Fetches tasks' repositories from the Hub; what is there already is not fetched again."""
+    """Fetch tasks' repositories from the Hub into `data_dir`; files that are there already are not fetched again.
+
+    Raises:
+        UserError: None of a task's repositories can be fetched.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -21,9 +25,14 @@ def download(tasks: list[Task], data_dir: Path) -> None:
             folder = data_dir / repository.split("/")[-1]
             try:
                 snapshot_download(repository, repo_type="dataset", local_dir=folder)
-            except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:  # of names that lead out
+            except (
+                HfHubHTTPError,
+                OfflineModeIsEnabled,
+                OSError,
+                ValueError,
+            ) as error:  # ValueError: unsafe names
                 reason = str(error).strip().splitlines()[0]
-                print(f"{task.name}: {repository} cannot be had: {reason}", file=sys.stderr)
+                print(f"{task.name}: {repository} cannot be downloaded: {reason}", file=sys.stderr)
                 continue
             print(f"{task.name}: {folder}")
             break

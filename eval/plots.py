@@ -1,10 +1,11 @@
-"""Pictures of a run: held-out images with their best captions, and curves of training."""
+"""Figures: contact sheets of images with captions, training curves, and scores."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,61 +13,76 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+
+SHEET_COLUMNS, SHEET_CAPTIONS = 6, 5
+CURVES = {"loss": "loss", "logit_scale": "logit scale", "partition_error": "log-partition error (nats)"}
 
 
 def contact_sheet(
-    images, names: list[str], best: list[list[str]], path: str | Path, headings: dict[int, str] | None = None
+    images: Sequence[Image.Image | None],
+    names: Sequence[str],
+    best: Sequence[Sequence[str]],
+    path: str | Path,
+    headings: dict[int, str] | None = None,
 ) -> None:
-    """Draws images with up to five captions each, likeliest first; one that is the image's name is green.
+    """Draw images, six per row, with up to five captions each; a caption that equals the image's name is green.
 
     Args:
-        images: six a row; None leaves a place empty. headings: {place: text} to write above an image.
+        images: None leaves a place empty.
+        names: True caption of each image.
+        best: Captions of each image, most likely first.
+        headings: {place: text} to write above an image.
     """
-    columns = 6
-    rows = -(-len(images) // columns)
-    space = 0.2 + 0.13 * max(len(captions[:5]) for captions in best) + (0.25 if headings else 0)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 1.35 * (1 + space) * rows), squeeze=False)
+    rows = -(-len(images) // SHEET_COLUMNS)
+    space = 0.2 + 0.13 * max(len(captions[:SHEET_CAPTIONS]) for captions in best) + (0.25 if headings else 0)
+    size = (2.6 * SHEET_COLUMNS, 1.35 * (1 + space) * rows)
+    figure, axes = plt.subplots(rows, SHEET_COLUMNS, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for place, (axis, image, name, captions) in enumerate(zip(axes.flat, images, names, best, strict=False)):
         if headings and place in headings:
             axis.set_title(headings[place], loc="left", fontsize=12, weight="bold", parse_math=False)
-        if image is None:
-            continue
-        axis.imshow(image)
-        for line, caption in enumerate(captions[:5]):
-            text = caption if len(caption) <= 30 else caption[:29] + "…"
-            axis.text(
-                0.5,
-                -0.08 - 0.13 * line,
-                text,
-                transform=axis.transAxes,
-                ha="center",
-                va="top",
-                fontsize=8,
-                color="green" if caption == name else "black",
-                weight="bold" if caption == name else "normal",
-                parse_math=False,
-            )
+        if image is not None:
+            axis.imshow(image)
+            _write_captions(axis, name, captions)
     figure.subplots_adjust(hspace=space, left=0.02, right=0.98, top=0.98, bottom=0.1)
     figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.2)
     plt.close(figure)
 
 
+def _write_captions(axis: Axes, name: str, captions: Sequence[str]) -> None:
+    for line, caption in enumerate(captions[:SHEET_CAPTIONS]):
+        axis.text(
+            0.5,
+            -0.08 - 0.13 * line,
+            caption if len(caption) <= 30 else caption[:29] + "…",
+            transform=axis.transAxes,
+            ha="center",
+            va="top",
+            fontsize=8,
+            color="green" if caption == name else "black",
+            weight="bold" if caption == name else "normal",
+            parse_math=False,
+        )
+
+
 def training_curves(logs: dict[str, Path], path: str | Path) -> None:
-    """Plots loss, logit scale and, where logged, the log-partition error against the step: {run: metrics.jsonl}."""
+    """Plot loss, logit scale and, where logged, the log-partition error against the step: {run: metrics.jsonl}."""
     runs = {
         name: [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
         for name, log in logs.items()
     }
-    titles = {"loss": "loss", "logit_scale": "logit scale", "partition_error": "log-partition error (nats)"}
-    shown = [name for name in titles if any(name in lines[0] for lines in runs.values())]
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.5 * len(shown), 3.2), squeeze=False)
-    for axis, name in zip(axes[0], shown, strict=True):
+    logged = [name for name in CURVES if any(name in lines[0] for lines in runs.values())]
+    figure, axes = plt.subplots(1, len(logged), figsize=(4.5 * len(logged), 3.2), squeeze=False)
+    for axis, name in zip(axes[0], logged, strict=True):
         for run, lines in runs.items():
             if name in lines[0]:
                 axis.plot([line["step"] for line in lines], [line[name] for line in lines], linewidth=1, label=run)
-        axis.set_title(titles[name])
+        axis.set_title(CURVES[name])
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     if len(runs) > 1:
@@ -75,13 +91,14 @@ def training_curves(logs: dict[str, Path], path: str | Path) -> None:
 
 
 def difference_bars(scores: dict[str, dict[str, float]], path: str | Path) -> None:
-    """Bars of each run's scores (per cent) less the first run's: {run: {score: value}}, all with the same scores."""
+    """Draw bars of each run's scores minus the first run's: {run: {score: per cent}}, all with the same scores."""
     (first, base), *others = scores.items()
     figure, axis = plt.subplots(figsize=(max(5, 0.45 * len(base) * len(others) + 2), 3.8))
     width = 0.8 / len(others)
-    for k, (run, values) in enumerate(others):
-        places = [i + (k - (len(others) - 1) / 2) * width for i in range(len(base))]
-        axis.bar(places, [values[name] - base[name] for name in base], width, label=run)
+    for number, (run, values) in enumerate(others):
+        offset = (number - (len(others) - 1) / 2) * width
+        differences = [values[name] - base[name] for name in base]
+        axis.bar([place + offset for place in range(len(base))], differences, width, label=run)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(base)), list(base), rotation=45, ha="right", fontsize=8)
     axis.set_ylabel(f"points over {first}")
@@ -90,14 +107,17 @@ def difference_bars(scores: dict[str, dict[str, float]], path: str | Path) -> No
     _save(figure, path)
 
 
-def score_bars(scores: list[tuple[str, float, list[float] | None, float | None]], path: str | Path) -> None:
-    """A run's scores as fractions, each (task, value, [low, high] or None, guess or None); guessing is a black mark."""
+def score_bars(scores: Sequence[tuple[str, float, Sequence[float] | None, float | None]], path: str | Path) -> None:
+    """Draw bars of scores: (task, value, 95 % interval or None, score of guessing or None), all as fractions.
+
+    The score of guessing is a black mark.
+    """
     figure, axis = plt.subplots(figsize=(7, 1 + 0.24 * len(scores)))
-    for place, (_, value, interval, guess) in enumerate(scores):
+    for place, (_, value, interval, random_score) in enumerate(scores):
         bounds = [[100 * (value - interval[0])], [100 * (interval[1] - value)]] if interval else None
         axis.barh(place, 100 * value, xerr=bounds, height=0.7, color="tab:blue", ecolor="gray")
-        if guess is not None:
-            axis.plot([100 * guess] * 2, [place - 0.35, place + 0.35], color="black")
+        if random_score is not None:
+            axis.plot([100 * random_score] * 2, [place - 0.35, place + 0.35], color="black")
     axis.set_yticks(range(len(scores)), [name for name, *_ in scores], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("main metric, %")
@@ -106,7 +126,7 @@ def score_bars(scores: list[tuple[str, float, list[float] | None, float | None]]
 
 
 def radar(scores: dict[str, dict[str, float]], path: str | Path) -> None:
-    """Scores on axes around a circle, each axis from 0 to its best run."""
+    """Draw scores on axes around a circle, each axis from 0 to its best run: {run: {score: value}}."""
     names = list(next(iter(scores.values())))
     best = {name: max(values[name] for values in scores.values()) or 1 for name in names}
     angles = [2 * math.pi * i / len(names) for i in range(len(names))]
@@ -121,7 +141,7 @@ def radar(scores: dict[str, dict[str, float]], path: str | Path) -> None:
 
 
 def lines_with_bands(lines: dict[str, dict[float, list[float]]], x: str, y: str, path: str | Path) -> None:
-    """Means over runs with bands of a standard deviation: {line: {place on x: values}}; x is logarithmic to base 2."""
+    """Draw means over runs with bands of one standard deviation: {line: {x: values}}; x has a scale of base 2."""
     figure, axis = plt.subplots(figsize=(6.5, 4.2))
     for name, points in lines.items():
         places = sorted(points)
@@ -138,7 +158,7 @@ def lines_with_bands(lines: dict[str, dict[float, list[float]]], x: str, y: str,
     _save(figure, path)
 
 
-def _save(figure, path: str | Path) -> None:
+def _save(figure: Figure, path: str | Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

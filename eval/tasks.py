@@ -1,10 +1,11 @@
-"""What there is to evaluate on: tasks as data, groups of them, and aggregates over them."""
+"""Evaluation tasks as data, groups of them, and aggregates over them."""
 
 from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,19 +19,27 @@ KINDS = ("classification", "retrieval", "winogavil")
 @dataclass(frozen=True)
 class Task:
     """
-    One data set and how it is scored. Its data is a folder of the public layouts, or what `datasets` reads.
+    One data set and how it is scored. Its data is a folder in a public layout, or anything that `datasets` reads.
 
     Args:
-        name: as in tasks.yaml. title: shown in tables. kind: one of `KINDS`.
-        main_metric: the one that aggregates take.
-        repositories: data-set repositories of the Hub with the same content; a folder of such a name holds the data.
-        data: instead, a parquet file, a folder or a Hub name for `datasets`, with an image and a label column.
-        texts: JSON with `classes`, a name a label, and `templates`; without it, the label column's own names are taken.
-        split, image_column, label_column: of `data`.
-        size: number of samples (instances, images) that a complete copy has. num_classes: likewise.
-        random_score: main metric of random guessing. groups: names that select the task together with others.
-        ignored_groups: values of the metadata's first column that worst-group metrics leave out.
-        pixel_reference: parquet with `image` and `caption` for the pixel-nearest-neighbour baseline.
+        name: Key in tasks.yaml.
+        title: Name shown in tables and cards.
+        kind: One of `KINDS`.
+        main_metric: Metric that aggregates, cards and plots take.
+        repositories: Data sets on the Hub with the same content; a folder with the name of one holds the data.
+        data: Parquet file, folder or Hub name for `datasets`, relative to the data folder; replaces `repositories`.
+        texts: JSON file with `classes` (one name per label) and `templates`; defaults to the label column's own names.
+        split: Split that is evaluated.
+        image_column: Column of `data` that holds the image.
+        label_column: Column of `data` that holds the label: a ClassLabel, text or an integer.
+        size: Number of samples (images or instances) in a complete copy.
+        num_classes: Number of classes.
+        random_score: Main metric of random guessing, as a fraction.
+        groups: Names that select the task together with others.
+        ignored_groups: Values of the metadata's first column that worst-group metrics leave out.
+        class_retrieval: Report retrieval between images and class names as well.
+        class_prior: Expected share of each class, for Sinkhorn scoring; uniform if empty.
+        pixel_baseline: acc1 of the nearest training image in 16 x 16 pixels, as a fraction, shown for comparison.
     """
 
     name: str
@@ -48,36 +57,73 @@ class Task:
     random_score: float | None = None
     groups: tuple[str, ...] = ()
     ignored_groups: tuple[int, ...] = ()
-    pixel_reference: str | None = None
+    class_retrieval: bool = False
+    class_prior: tuple[float, ...] = ()
+    pixel_baseline: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError(f"Task {self.name}: kind is {self.kind!r}; choose one of {', '.join(KINDS)}.")
         if bool(self.repositories) == bool(self.data):
             raise UserError(f"Task {self.name} needs either repositories or data.")
 
+    @property
+    def dataset(self) -> str:
+        """Name of the data: the first repository, or `data`."""
+        return self.repositories[0] if self.repositories else str(self.data)
+
+
+LIST_FIELDS: dict[str, tuple[type, ...]] = {
+    "repositories": (str,),
+    "groups": (str,),
+    "ignored_groups": (int,),
+    "class_prior": (int, float),
+}
+"""Fields of a task that are lists, with the types of their items."""
+
+SCALAR_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("title", "kind", "main_metric", "data", "texts", "split", "image_column", "label_column"), (str,)),
+    **dict.fromkeys(("size", "num_classes"), (int,)),
+    **dict.fromkeys(("random_score", "pixel_baseline"), (int, float)),
+    "class_retrieval": (bool,),
+}
+"""Fields of a task that are single values, with their types."""
+
 
 AGGREGATES = {
-    # as the AmorLIP paper reports them
+    # As the AmorLIP paper reports them.
     "imagenet_and_shifts": ("imagenet", "imagenet_shifts"),
     "flickr_coco": ("flickr_coco",),
     "datacomp_38": ("datacomp",),
-    # as DataComp does
+    # As DataComp reports them.
     "imagenet": ("imagenet",),
     "imagenet_shifts": ("imagenet_shifts",),
     "vtab_13": ("vtab",),
     "retrieval_3": ("retrieval",),
 }
-"""Means of main metrics, and the groups that they are over. `flickr_coco` is `retrieval` without WinoGAViL."""
+"""Means of main metrics, with the groups that each is taken over. `flickr_coco` is `retrieval` without WinoGAViL."""
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """The mean of several tasks' main metrics; `value` is None unless all of them are complete."""
+
+    value: float | None
+    missing: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether no task is missing."""
+        return not self.missing
 
 
 def known_tasks() -> dict[str, Task]:
-    """All tasks of tasks.yaml by name."""
-    return _read(ROOT / "eval/tasks.yaml")
+    """Return all tasks of tasks.yaml by name."""
+    return _read_task_file(ROOT / "eval/tasks.yaml")
 
 
 def load_task(name: str) -> Task:
-    """The task of that name; raises `UserError` for a group, or where there is none."""
+    """Return the task of that name, which `select_tasks` explains; raise `UserError` for a group of several."""
     tasks = select_tasks([name])
     if len(tasks) != 1:
         raise UserError(f"{name} is a group of {len(tasks)} tasks; name one task.")
@@ -85,42 +131,46 @@ def load_task(name: str) -> Task:
 
 
 def select_tasks(names: list[str]) -> list[Task]:
-    """Tasks by name, by group, or from YAML files of the same form, each once, in the order given.
+    """Return tasks by name, by group, or from YAML files of the same form, each once, in the order given.
 
-    "FILE.yaml" are all tasks of a file, "FILE.yaml:NAME" is one of them.
+    "FILE.yaml" selects all tasks of a file, "FILE.yaml:NAME" one of them.
 
     Raises:
-        UserError: there is no such task, or a description has wrong fields.
+        UserError: There is no such task, or a task file is wrong.
     """
-    known, chosen = known_tasks(), {}
+    known = known_tasks()
     groups = sorted({group for task in known.values() for group in task.groups})
+    chosen: dict[str, Task] = {}
     for name in names:
-        file, _, one = name.rpartition(":")
-        if not _is_yaml(file):
-            file, one = name, ""
-        if _is_yaml(file):
-            if not Path(file).is_file():
-                raise UserError(f"Task file {file} does not exist.")
-            found = _read(Path(file))
-            if one and one not in found:
-                raise UserError(f"Task file {file} has no task {one}; there are {', '.join(found)}.")
-            chosen |= {one: found[one]} if one else found
+        file, _, member = name.rpartition(":")
+        if _is_yaml(file) or _is_yaml(name):
+            chosen |= _select_from_file(file, member) if _is_yaml(file) else _select_from_file(name, "")
         elif name in groups:
             chosen |= {key: task for key, task in known.items() if name in task.groups}
         elif name in known:
             chosen[name] = known[name]
         else:
             nearest = difflib.get_close_matches(name, [*known, *groups], n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else "see --list, or name a .yaml file."
+            hint = f"did you mean {nearest[0]}?" if nearest else "see eval/run.py --list, or name a .yaml file."
             raise UserError(f"Unknown task {name}: {hint}")
     return list(chosen.values())
 
 
-def aggregate(values: dict[str, float | None]) -> dict[str, dict]:
-    """Aggregates over {task: main metric, or None where it is not complete}, those that any of the tasks is part of.
+def _select_from_file(file: str, member: str) -> dict[str, Task]:
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"Task file {file} does not exist.")
+    tasks = _read_task_file(path)
+    if member and member not in tasks:
+        raise UserError(f"Task file {file} has no task {member}; there are {', '.join(tasks)}.")
+    return {member: tasks[member]} if member else tasks
 
-    Returns:
-        {aggregate: {"value": the mean, or None unless every task is there, "complete", "missing": names of tasks}}.
+
+def aggregate(values: dict[str, float | None]) -> dict[str, Aggregate]:
+    """Return the aggregates that any of the given tasks is part of.
+
+    Args:
+        values: {task: main metric, or None where the task is not complete}.
     """
     aggregates, known = {}, known_tasks()
     for name, groups in AGGREGATES.items():
@@ -130,9 +180,9 @@ def aggregate(values: dict[str, float | None]) -> dict[str, dict]:
             members = [key for key, task in known.items() if set(groups) & set(task.groups)]
         if not set(members) & set(values):
             continue
-        missing = [key for key in members if values.get(key) is None]
-        mean = None if missing else sum(values[key] for key in members) / len(members)
-        aggregates[name] = {"value": mean, "complete": not missing, "missing": missing}
+        present = [value for key in members if (value := values.get(key)) is not None]
+        missing = tuple(key for key in members if values.get(key) is None)
+        aggregates[name] = Aggregate(None if missing else sum(present) / len(members), missing)
     return aggregates
 
 
@@ -140,20 +190,46 @@ def _is_yaml(name: str) -> bool:
     return Path(name).suffix in (".yaml", ".yml")
 
 
-def _read(file: Path) -> dict[str, Task]:
+def _read_task_file(file: Path) -> dict[str, Task]:
     try:
-        described = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not YAML: {error}") from None
-    if not isinstance(described, dict) or not all(isinstance(values, dict) for values in described.values()):
-        raise UserError(f"Task file {file} must hold names of tasks, each with its fields below it.")
+    if not isinstance(content, dict) or not all(isinstance(values, dict) for values in content.values()):
+        raise UserError(f"Task file {file} must map the name of each task to a mapping of its fields.")
+    return {str(name): _make_task(str(name), values) for name, values in content.items()}
+
+
+def _make_task(name: str, values: dict[str, Any]) -> Task:
+    """Return a task from the fields of a task file; raise `UserError` for an unknown field or a wrong type."""
     allowed = [field.name for field in fields(Task) if field.name != "name"]
-    tasks = {}
-    for name, values in described.items():
-        if unknown := sorted(set(values) - set(allowed)):
-            nearest = difflib.get_close_matches(unknown[0], allowed, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(allowed)}."
-            raise UserError(f"Task {name} has the unknown field {unknown[0]}: {hint}")
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        tasks[name] = Task(name, **{"title": name, **values})
-    return tasks
+    if unknown := sorted(map(str, set(values) - set(allowed))):
+        nearest = difflib.get_close_matches(unknown[0], allowed, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(allowed)}."
+        raise UserError(f"Task {name} has the unknown field {unknown[0]}: {hint}")
+    arguments: dict[str, Any] = {"title": name}
+    for key, value in values.items():
+        arguments[key] = _check_list(name, key, value) if key in LIST_FIELDS else _check_scalar(name, key, value)
+    return Task(name, **arguments)
+
+
+def _check_list(task: str, key: str, value: Any) -> tuple:
+    if not isinstance(value, list):
+        raise UserError(f"Task {task}: {key} is {value!r}, but must be a list; write {key}: [{value}].")
+    types = LIST_FIELDS[key]
+    for item in value:
+        if not isinstance(item, types) or isinstance(item, bool):
+            raise UserError(f"Task {task}: {key} has the item {item!r}; its items must be {_describe(types)}.")
+    return tuple(value)
+
+
+def _check_scalar(task: str, key: str, value: Any) -> Any:
+    types = SCALAR_FIELDS[key]
+    is_wrong_bool = isinstance(value, bool) and bool not in types
+    if value is not None and (is_wrong_bool or not isinstance(value, types)):
+        raise UserError(f"Task {task}: {key} is {value!r}, but must be {_describe(types)}.")
+    return value
+
+
+def _describe(types: tuple[type, ...]) -> str:
+    return {str: "text", bool: "true or false", int: "an integer"}[types[0]] if len(types) == 1 else "a number"

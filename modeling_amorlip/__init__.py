@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from .configuration_amorlip import AmorLIPAmortizerConfig, AmorLIPConfig, AmorLIPResNetConfig
-from .loss_amorlip import amortization_loss, amortized_contrastive_loss, log_partitions
+from .loss_amorlip import amortization_loss, amortized_contrastive_loss, cross_log_partitions, log_partitions
 from .modeling_amorlip import (
     AmorLIPAmortizer,
     AmorLIPForImageClassification,
@@ -23,8 +23,18 @@ from .modeling_amorlip import (
 from .resnet_amorlip import AmorLIPResNetModel
 
 
+__version__ = "0.1.0"
+
+MODEL_CLASSES = (
+    AmorLIPModel,
+    AmorLIPVisionModelWithProjection,
+    AmorLIPTextModelWithProjection,
+    AmorLIPForImageClassification,
+)
+
 AutoConfig.register("amorlip", AmorLIPConfig)
-AutoModel.register(AmorLIPConfig, AmorLIPModel)
+# The class that saved a folder, as its configuration's `architectures` say, or else the first.
+AutoModel.register(AmorLIPConfig, MODEL_CLASSES)
 AutoModel.register(AmorLIPResNetConfig, AmorLIPResNetModel)
 AutoModelForZeroShotImageClassification.register(AmorLIPConfig, AmorLIPModel)
 AutoModelForImageClassification.register(AmorLIPConfig, AmorLIPForImageClassification)
@@ -53,5 +63,6 @@ __all__ = [
     "AmorLIPVisionModelWithProjection",
     "amortization_loss",
     "amortized_contrastive_loss",
+    "cross_log_partitions",
     "log_partitions",
 ]

@@ -1,25 +1,74 @@
-"""The one exception that means a user's mistake rather than a bug, and how command lines end with it."""
+"""What every command line of the repository shares: the error that is a user's to fix, and how a command ends."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import os
+import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+
+INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the signal's number, as shells report it
 
 
 class UserError(Exception):
-    """Something that the user can put right; the message says what and how, and is all that is printed."""
+    """An error that the user can fix. Its message says what is wrong and what to do, and is all that is printed."""
+
+
+@contextlib.contextmanager
+def as_user_error(*errors: type[Exception]) -> Iterator[None]:
+    """Turn the given exceptions, whose messages are meant for users, into a `UserError`."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(str(error)) from error
 
 
 def cli_entry_point(main: Callable[[], int | None]) -> Callable[[], int]:
-    """The `main` of a command line, whose exit status a `UserError` makes 1, with its message on stderr."""
+    """Make a `main` return its exit status, whatever ends it.
+
+    A `UserError` prints its message on stderr and gives 1. Ctrl-C gives 130 and a reader that has gone away (`| head`)
+    141, both without a word. Characters that stdout or stderr cannot encode are escaped instead of raising.
+    """
 
     @functools.wraps(main)
     def run() -> int:
+        _escape_unencodable_output()
         try:
-            return main() or 0
+            status = main() or 0
+            sys.stdout.flush()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except BrokenPipeError:
+            if not _stdout_is_closed():
+                raise
+            return BROKEN_PIPE
+        return status
 
     return run
+
+
+def _escape_unencodable_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _stdout_is_closed() -> bool:
+    """Return whether nobody reads stdout any more; if so, discard what it still buffers."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError):  # a system without poll, or a stdout that is no file
+        return False
+    if is_closed:
+        # The interpreter flushes stdout once more at exit, which would print a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_closed

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from .pipeline_amorlip import register_pipeline
 
 
 POOLINGS = {"vision": ("pooler", "cls", "mean"), "text": ("pooler", "cls", "mean", "eos", "last")}
@@ -50,8 +54,7 @@ class AmorLIPResNetConfig(PreTrainedConfig):
         width (`int`, defaults to 64): channels of the first stage; the last one has 32 times as many.
         depths (`tuple`, defaults to `(3, 4, 6, 3)`): blocks of the four stages.
         num_attention_heads (`int`, defaults to 32): heads of the attention pool.
-        image_size (`int`, defaults to 224): height and width of the images, which the pool reads as a grid of
-            `image_size` // 32 squared.
+        image_size (`int`, defaults to 224): height and width of the images; the pool's grid is `image_size` // 32.
         output_dim (`int`, defaults to 1024): size of the pooled output.
     """
 
@@ -85,39 +88,31 @@ class AmorLIPConfig(PreTrainedConfig):
     Configuration of an [`AmorLIPModel`].
 
     Args:
-        vision_config (`dict` or `PreTrainedConfig`, *optional*): any Transformers vision encoder's configuration; a
-            `dict` names it by its `model_type`. Defaults to `CLIPVisionConfig()`.
-        text_config (`dict` or `PreTrainedConfig`, *optional*): any Transformers text encoder's configuration. Defaults
-            to `CLIPTextConfig()`.
+        vision_config, text_config (`dict` or `PreTrainedConfig`, *optional*): configurations of any encoders of
+            Transformers; a `dict` names the encoder by its `model_type`, and a dual encoder such as CLIP gives its
+            tower. Default to `CLIPVisionConfig()` and `CLIPTextConfig()`.
         amortizer_config (`dict` or `AmorLIPAmortizerConfig`, *optional*): the amortizer heads.
         vision_pooling (`str`, *optional*): how tokens become one embedding: `"pooler"`, by the encoder itself, as CLIP
-            (CLS), SigLIP (attention) and DINOv2 (CLS) do; `"cls"`, the first token; `"mean"`. Without it, what suits
+            (CLS), SigLIP (attention) and DINOv2 (CLS) do; `"cls"`, the first token; `"mean"`. Defaults to what suits
             the encoder.
-        text_pooling (`str`, *optional*): as before, or `"eos"`, the first end-of-text token, or `"last"`, the last
-            token. Padding does not count. Without it, what suits the encoder: its own for CLIP and SigLIP, `"last"` for
-            causal language models, `"mean"` for others.
+        text_pooling (`str`, *optional*): the same, or `"eos"`, the first end-of-text token, or `"last"`, the last
+            token. Padding does not count. Defaults to the encoder's own for CLIP and SigLIP, `"last"` for causal
+            language models and `"mean"` for others.
         projection_dim (`int`, defaults to 512): d, the size of the shared embedding space.
-        vision_projection, text_projection (`bool`, *optional*): whether a linear layer takes the encoder's pooled
-            output there; without it, the pooled output is the embedding. Defaults to `True`, but for an encoder whose
-            config has `output_dim` equal to `projection_dim`: it ends in a projection of its own.
+        vision_projection, text_projection (`bool`, *optional*): whether a linear layer maps the encoder's pooled
+            output there; otherwise the pooled output is the embedding. Defaults to `True`, except for an encoder whose
+            `output_dim` equals `projection_dim`, since it ends in a projection of its own.
         logit_scale_init_value (`float`, defaults to 2.6592): *logarithm* of the initial logit scale; log(1 / 0.07).
         logit_bias_init_value (`float`, *optional*): initial logit bias; without it the model has none.
-
-    Example:
-
-    ```python
-    >>> from modeling_amorlip import AmorLIPConfig, AmorLIPModel
-
-    >>> config = AmorLIPConfig(vision_config={"model_type": "convnextv2"}, projection_dim=256)
-    >>> model = AmorLIPModel(config)
-    ```"""
+    """
 
     model_type = "amorlip"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "amortizer_config": AmorLIPAmortizerConfig}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    amortizer_config: dict | PreTrainedConfig | None = None
+    # Dictionaries, configurations or None; configurations once the object is made.
+    vision_config: Any = None
+    text_config: Any = None
+    amortizer_config: Any = None
     vision_pooling: str | None = None
     text_pooling: str | None = None
     projection_dim: int = 512
@@ -127,6 +122,7 @@ class AmorLIPConfig(PreTrainedConfig):
     logit_bias_init_value: float | int | None = None
 
     def __post_init__(self, **kwargs):
+        self.architectures = self.architectures or ["AmorLIPModel"]  # AutoModel chooses among several classes by it
         self.vision_config = _encoder_config(self.vision_config, "vision_config", "clip_vision_model")
         self.text_config = _encoder_config(self.text_config, "text_config", "clip_text_model")
         if not isinstance(self.amortizer_config, AmorLIPAmortizerConfig):
@@ -166,11 +162,13 @@ def _as_dict(config: dict | PreTrainedConfig | None) -> dict:
 
 
 def _encoder_config(config: dict | PreTrainedConfig | None, field: str, default_type: str) -> PreTrainedConfig:
+    """Return an encoder's configuration; a dual encoder such as CLIP gives that of its tower."""
     if isinstance(config, PreTrainedConfig):
-        return config
+        return getattr(config, field, config)
     model_type = (config or {}).get("model_type", default_type)
     try:
-        return AutoConfig.for_model(model_type, **_as_dict(config))
+        config = AutoConfig.for_model(model_type, **_as_dict(config))
+        return getattr(config, field, config)
     except (ValueError, TypeError) as error:
         if "Unrecognized model identifier" in str(error):
             raise ValueError(
@@ -198,7 +196,7 @@ def _text_pooling(config: PreTrainedConfig) -> str:
     return "mean"
 
 
-# Here rather than in the package: a folder loaded with trust_remote_code has no package.
+# Here rather than in the package, which a folder loaded with trust_remote_code does not have, or in the model, which
+# `pipeline()` loads only after it has looked up its class.
 AutoConfig.register("amorlip_resnet", AmorLIPResNetConfig, exist_ok=True)
-
-__all__ = ["AmorLIPAmortizerConfig", "AmorLIPConfig", "AmorLIPResNetConfig"]
+register_pipeline()

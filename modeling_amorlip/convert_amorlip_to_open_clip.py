@@ -1,9 +1,9 @@
 """
-An AmorLIP model as OpenCLIP reads it: a folder with `open_clip_config.json` and `open_clip_model.safetensors`.
+Write an AmorLIP model as OpenCLIP reads it: `open_clip_config.json` and `open_clip_model.safetensors` in a folder.
 
     python -m modeling_amorlip.convert_amorlip_to_open_clip --source outputs/emoji_clip --output outputs/open_clip
 
-    open_clip.create_model("local-dir:outputs/open_clip")  # the same embeddings; OpenCLIP has no place for the heads
+`open_clip.create_model("local-dir:outputs/open_clip")` then gives the same embeddings. The heads are left out.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from modeling_amorlip import AmorLIPModel
-from modeling_amorlip.open_clip_amorlip import open_clip_config, to_open_clip_names
+from .cli_amorlip import UserError, as_user_error, cli_entry_point
+from .modeling_amorlip import AmorLIPModel
+from .open_clip_amorlip import open_clip_config, to_open_clip_names
 
 
 def export_open_clip(model: AmorLIPModel, folder: str | os.PathLike, processor=None) -> None:
     """
-    Writes config, weights and, of `processor`, the tokenizer and the normalisation of images.
+    Write config, weights and the processor's tokenizer and image normalization into a folder.
 
     Raises:
         ValueError: OpenCLIP has no such encoders; CLIP's ViT or ResNet and CLIP's text encoder can be exported.
@@ -41,25 +39,22 @@ def export_open_clip(model: AmorLIPModel, folder: str | os.PathLike, processor=N
         processor.tokenizer.save_pretrained(folder)
 
 
-def main() -> int:
+@cli_entry_point
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, help="folder or name on the Hub of an AmorLIP model")
+    parser.add_argument("--source", required=True, help="AmorLIP model: a folder or a name on the Hub")
     parser.add_argument("--output", required=True, help="folder to write")
     arguments = parser.parse_args()
-    try:
+    with as_user_error(ValueError, OSError, ImportError):
         model = AutoModel.from_pretrained(arguments.source, dtype=torch.float32)
         if not isinstance(model, AmorLIPModel):
-            raise ValueError(f"{arguments.source} is a {type(model).__name__}; an AmorLIPModel is needed.")
+            raise UserError(f"--source {arguments.source} is a {type(model).__name__}; name an AmorLIPModel.")
         try:
             processor = AutoProcessor.from_pretrained(arguments.source)
         except (OSError, ValueError):
             processor = None
         export_open_clip(model, arguments.output, processor)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     print(f'open_clip.create_model("local-dir:{arguments.output}")')
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """
-AmorLIP models from the weights of others: Transformers' CLIP and SigLIP, OpenCLIP, the AmorLIP authors' checkpoints.
+Convert Transformers' CLIP and SigLIP, OpenCLIP's models and the AmorLIP authors' checkpoints to AmorLIP models.
 
     python -m modeling_amorlip.convert_clip_to_amorlip --source openai/clip-vit-base-patch32 --output outputs/converted
     python -m modeling_amorlip.convert_clip_to_amorlip --source open_clip_model.safetensors --tokenizer NAME ...
     python -m modeling_amorlip.convert_clip_to_amorlip --source logs/NAME/checkpoints/epoch_33.pt --output ...
 
-The embeddings are the source's. Heads come from the authors' checkpoints only; otherwise none are saved, and a model
-loaded from the folder has fresh ones and says so. Pickles are read as tensors only: one that holds code is refused.
+Embeddings equal the source's. Only the authors' checkpoints have heads; otherwise none are saved, and a model loaded
+from the folder warns of fresh ones. Pickles are read as tensors only, and refused if they hold code.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPImageProcessor, CLIPProcessor
 from transformers.utils import cached_file
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from modeling_amorlip import AmorLIPConfig, AmorLIPModel
-from modeling_amorlip.open_clip_amorlip import from_open_clip_names, open_clip_architecture
+from .cli_amorlip import as_user_error, cli_entry_point
+from .configuration_amorlip import AmorLIPConfig
+from .modeling_amorlip import AmorLIPModel
+from .open_clip_amorlip import from_open_clip_names, open_clip_architecture
 
 
 TRANSFORMERS_TYPES = ("clip", "siglip", "siglip2")
@@ -56,21 +55,22 @@ def convert(
     batch_size: int | None = None,
 ) -> Converted:
     """
+    Convert a model, which then has the source's embeddings.
+
     Args:
         source: a folder or a name on the Hub of Transformers' CLIP or SigLIP or of OpenCLIP, or an OpenCLIP checkpoint
             file (.safetensors, or a pickle of tensors).
-        quick_gelu: activation of an OpenCLIP checkpoint. Without it, what its open_clip_config.json or params.txt says;
-            failing these, QuickGELU for OpenAI's own weights and GELU, OpenCLIP's default, for others.
+        quick_gelu: activation of an OpenCLIP checkpoint. Defaults to what its open_clip_config.json or params.txt says;
+            without these, to QuickGELU for OpenAI's own weights and to GELU, OpenCLIP's default, for others.
         tokenizer: folder or name on the Hub of the tokenizer for an OpenCLIP checkpoint.
-        batch_size: pairs in a batch, over all processes, of a run of the AmorLIP authors' code. Their heads predict a
-            log-sum over the batch, ours a log-mean. Without it, what the run's params.txt says.
+        batch_size: global batch size of a run of the AmorLIP authors' code, whose heads predict a log-sum over the
+            batch, while ours predict a log-mean. Defaults to what the run's params.txt says.
 
     Raises:
-        ValueError: the source is of no kind that can be converted, or holds code; the message says what to do.
+        ValueError: the source cannot be converted, or holds code; the message says what to do.
     """
-    settings = {"quick_gelu": quick_gelu, "tokenizer": tokenizer, "batch_size": batch_size}
     if os.path.isfile(source):
-        return convert_open_clip(Path(source), **settings)
+        return convert_open_clip(Path(source), quick_gelu=quick_gelu, tokenizer=tokenizer, batch_size=batch_size)
     path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
     model_type = path and json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
     if model_type in TRANSFORMERS_TYPES:
@@ -78,15 +78,15 @@ def convert(
     for name in OPEN_CLIP_FILES:
         if path := cached_file(source, name, _raise_exceptions_for_missing_entries=False):
             cached_file(source, "open_clip_config.json", _raise_exceptions_for_missing_entries=False)  # beside it
-            return convert_open_clip(Path(path), **settings)
+            return convert_open_clip(Path(path), quick_gelu=quick_gelu, tokenizer=tokenizer, batch_size=batch_size)
     raise ValueError(
-        f"{source} holds no open_clip_model.safetensors, and its config.json says {model_type!r}, which is none of "
-        f"{TRANSFORMERS_TYPES}."
+        f"{source} has no open_clip_model.safetensors, and the model_type in its config.json is {model_type!r}; "
+        f"convert OpenCLIP's models or one of {TRANSFORMERS_TYPES}."
     )
 
 
 def save(converted: Converted, folder: str | os.PathLike) -> None:
-    """Writes model and processor; heads that were never trained stay out."""
+    """Write model and processor, without heads that were never trained."""
     weights = converted.model.state_dict()
     if not converted.has_heads:
         weights = {name: weight for name, weight in weights.items() if not name.startswith("amortizer.")}
@@ -99,12 +99,12 @@ def save(converted: Converted, folder: str | os.PathLike) -> None:
 
 
 def convert_transformers(source: str | os.PathLike) -> Converted:
-    """From a folder or a name on the Hub of Transformers' CLIP or SigLIP, whose towers are taken as they are."""
+    """Convert a folder or a name on the Hub of Transformers' CLIP or SigLIP, whose towers are taken as they are."""
     other = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
     config = other.config
     projects = config.model_type == "clip"
-    if not projects and not config.vision_config.vision_use_head:
-        raise ValueError(f"{source}: vision_config.vision_use_head is False, so there is no image embedding to match.")
+    if not projects and not getattr(config.vision_config, "vision_use_head", True):
+        raise ValueError(f"{source}: vision_config.vision_use_head is False, so the model has no image embedding.")
     model = _build(
         other.state_dict(),
         vision_config=config.vision_config.to_dict(),
@@ -117,11 +117,14 @@ def convert_transformers(source: str | os.PathLike) -> Converted:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError):
         processor = None
+    if processor is not None and not projects:
+        # SigLIP's texts are padded to the context, by the tokenizer's token rather than the configuration's default.
+        model.config.text_config.pad_token_id = processor.tokenizer.pad_token_id
     return Converted(model, processor, False)
 
 
 def _build(weights: dict[str, Tensor], **fields) -> AmorLIPModel:
-    """A model with these weights, which must be all of its own but for the heads."""
+    """Build a model with these weights, which must be all of its own except the heads."""
     weights = {name: w.reshape(()) if name.startswith("logit_") else w for name, w in weights.items()}  # [1] in SigLIP
     model = AmorLIPModel(AmorLIPConfig(**fields, logit_bias_init_value=0.0 if "logit_bias" in weights else None))
     try:
@@ -134,7 +137,7 @@ def _build(weights: dict[str, Tensor], **fields) -> AmorLIPModel:
             f"The checkpoint's architecture is not CLIP's: {len(missing)} weights are missing, such as {missing[:3]}, "
             f"and {len(unexpected)} have no place, such as {unexpected[:3]}."
         )
-    # Both are what a fresh model would start from; the weights know better.
+    # So that a model built from the configuration alone starts where this one is.
     model.config.logit_scale_init_value = model.logit_scale.item()
     model.config.logit_bias_init_value = None if model.logit_bias is None else model.logit_bias.item()
     return model.eval()
@@ -146,7 +149,7 @@ def _build(weights: dict[str, Tensor], **fields) -> AmorLIPModel:
 def convert_open_clip(
     path: Path, *, quick_gelu: bool | None = None, tokenizer=None, batch_size: int | None = None
 ) -> Converted:
-    """From a checkpoint file in OpenCLIP's or OpenAI's layout, ViT or ResNet; see `convert`."""
+    """Convert a checkpoint file in OpenCLIP's or OpenAI's layout, ViT or ResNet; see `convert`."""
     checkpoint = load_tensors(path)
     config = _read_open_clip_config(path.with_name("open_clip_config.json"))
     run = _read_run_parameters(path.parent.parent / "params.txt")
@@ -169,33 +172,33 @@ def convert_open_clip(
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint file; never runs code that it may hold.
+    """Return the content of a checkpoint file, without running code that it may hold.
 
     Raises:
         ValueError: it is no checkpoint, or holds more than tensors, numbers and texts.
     """
-    # Learning rates of a cosine schedule are often saved as NumPy numbers, which are data too.
+    # Schedules often save learning rates as NumPy numbers, which are data too.
     scalar = np.float64().__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-    numbers = [*((scalar, name) for name in names), np.dtype, type(np.dtype(np.float64))]
+    numbers: list[Any] = [*((scalar, name) for name in names), np.dtype, type(np.dtype(np.float64))]
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(numbers):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        if found := re.search(r"GLOBAL (\S+)|TorchScript", str(error)):
-            reason = f"it holds code that would run on loading ({found[1] or found[0]})"
+        if code := re.search(r"GLOBAL (\S+)|TorchScript", str(error)):
+            reason = f"it holds code that would run on loading ({code[1] or code[0]})"
         else:
-            reason = "it is no file of tensors that could be read"
-        raise ValueError(f"{path} is refused: {reason}. Take safetensors, or a bare state_dict.") from None
+            reason = "it is no readable file of tensors"
+        raise ValueError(f"{path} is refused: {reason}. Use safetensors, or a bare state_dict.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; a dictionary of tensors is needed.")
     return content
 
 
 def _plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without what DistributedDataParallel, torch.compile and OpenCLIP's CustomTextCLIP put before the names."""
+    """Strip the prefixes of DistributedDataParallel, torch.compile and OpenCLIP's CustomTextCLIP from the names."""
     return {re.sub(r"^(module\.|_orig_mod\.)*(text\.)?", "", str(name)): weight for name, weight in weights.items()}
 
 
@@ -204,14 +207,14 @@ def _read_open_clip_config(path: Path) -> dict:
 
 
 def _open_clip_processor(config: AmorLIPConfig, open_clip_config: dict, tokenizer):
-    """CLIP's processor with the checkpoint's preprocessing; None without a tokenizer."""
+    """Build CLIP's processor with the checkpoint's preprocessing; None without a tokenizer."""
     if tokenizer is None:
         return None
     tokenizer, text = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False), config.text_config
     if tokenizer.eos_token_id != text.eos_token_id or len(tokenizer) > text.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens and ends texts with {tokenizer.eos_token_id}; the checkpoint "
-            f"knows {text.vocab_size} and reads at {text.eos_token_id}. Name the tokenizer it was trained with."
+            f"has {text.vocab_size} and reads at {text.eos_token_id}. Name the tokenizer that it was trained with."
         )
     tokenizer.model_max_length = text.max_position_embeddings
     preprocess, size = open_clip_config.get("preprocess_cfg", {}), config.vision_config.image_size
@@ -229,7 +232,7 @@ def _open_clip_processor(config: AmorLIPConfig, open_clip_config: dict, tokenize
 
 
 def _read_run_parameters(path: Path) -> dict[str, str]:
-    """What a run's `params.txt` says, a `name: value` a line."""
+    """Read a run's `params.txt`, one `name: value` per line."""
     if not path.exists():
         return {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -237,18 +240,10 @@ def _read_run_parameters(path: Path) -> dict[str, str]:
 
 
 def _convert_heads(heads: dict[str, Tensor], run: dict[str, str], batch_size: int | None, scale: Tensor):
-    """Their `LambdaMLPs` as our `residual_mlp` heads, which predict the log-mean instead of the log-sum."""
+    """Convert the authors' `LambdaMLPs` to `residual_mlp` heads, which predict the log-mean, not the log-sum."""
     if run.get("normalize_type", "L2") != "L2":
-        raise ValueError(f"params.txt: normalize_type is {run['normalize_type']}; embeddings of unit norm are needed.")
-    if batch_size is None:
-        if "batch_size" not in run:
-            raise ValueError(
-                "The heads of this checkpoint predict a sum over a batch, and how large it was stands nowhere in it: "
-                "give batch_size (--batch_size N, over all processes), or put the run's params.txt where it was."
-            )
-        batch_size = int(run["batch_size"]) * int(run.get("world_size", 1))
-    if batch_size < 2:
-        raise ValueError(f"batch_size is {batch_size}; a partition sum needs at least 2 pairs.")
+        raise ValueError(f"params.txt: normalize_type is {run['normalize_type']}; only L2 can be converted.")
+    batch_size = _global_batch_size(run, batch_size)
     ours = {}
     for name, weight in heads.items():
         modality, _, rest = name.partition("_mlp.")
@@ -256,24 +251,46 @@ def _convert_heads(heads: dict[str, Tensor], run: dict[str, str], batch_size: in
     for head in ("amortizer.image_head", "amortizer.text_head"):
         ours[f"{head}.out.bias"] = ours[f"{head}.out.bias"] - math.log(batch_size - 1)
         if run.get("denormalize_features") == "True":
-            # They saw embeddings times a = sqrt(scale), in fc1 and in the residual: relu(h + a x) = a relu(h / a + x).
+            # Their input was a x with a = sqrt(scale), in fc1 and in the residual: relu(h + a x) = a relu(h / a + x).
             a = scale.float().sqrt()
             for name, factor in (("fc1.weight", a), ("norm2.weight", 1 / a), ("norm2.bias", 1 / a), ("out.weight", a)):
                 ours[f"{head}.{name}"] = ours[f"{head}.{name}"] * factor
     return ours
 
 
-def main() -> int:
+def _global_batch_size(run: dict[str, str], batch_size: int | None) -> int:
+    if batch_size is None and "batch_size" not in run:
+        raise ValueError(
+            "The heads of this checkpoint predict a sum over a batch, whose size it does not record: give batch_size "
+            "(--batch_size N, over all processes), or put the run's params.txt back."
+        )
+    if batch_size is None:
+        batch_size = int(run["batch_size"]) * int(run.get("world_size", 1))
+    if batch_size < 2:
+        raise ValueError(f"batch_size is {batch_size}; a partition sum needs at least 2 pairs.")
+    return batch_size
+
+
+@cli_entry_point
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, help="folder, checkpoint file or name on the Hub")
-    parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--tokenizer", help="folder or name on the Hub; OpenCLIP's checkpoints bring none")
-    parser.add_argument("--batch_size", type=int, help="global batch of a run of the AmorLIP authors' code")
     parser.add_argument(
-        "--quick_gelu", action=argparse.BooleanOptionalAction, help="activation of an OpenCLIP checkpoint"
+        "--source", required=True, help="model to convert: a folder, a checkpoint file or a name on the Hub"
+    )
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument(
+        "--tokenizer", help="tokenizer for an OpenCLIP checkpoint, which has none: a folder or a name on the Hub"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, help="global batch size of a run of the AmorLIP authors' code, in pairs"
+    )
+    parser.add_argument(
+        "--quick_gelu",
+        action=argparse.BooleanOptionalAction,
+        help="activation of an OpenCLIP checkpoint (default: what it says)",
     )
     arguments = parser.parse_args()
-    try:
+    with as_user_error(ValueError, OSError, ImportError):
         converted = convert(
             arguments.source,
             quick_gelu=arguments.quick_gelu,
@@ -281,9 +298,6 @@ def main() -> int:
             batch_size=arguments.batch_size,
         )
         save(converted, arguments.output)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     config = converted.model.config
     print(
         f"{config.vision_config.model_type} and {config.text_config.model_type} "
@@ -291,7 +305,6 @@ def main() -> int:
         f"{'with' if converted.has_heads else 'without'} heads, "
         f"{'with' if converted.processor is not None else 'without'} processor: {arguments.output}"
     )
-    return 0
 
 
 if __name__ == "__main__":

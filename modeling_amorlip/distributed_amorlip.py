@@ -1,4 +1,4 @@
-"""Collectives over the processes of a run; each does nothing in a run of one process."""
+"""Collectives over the ranks of a run. In a run of one process there is nothing to communicate."""
 
 from __future__ import annotations
 
@@ -9,22 +9,37 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def world_size() -> int:
+    """Return the number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 @torch.no_grad()
 def all_gather(tensor: Tensor) -> Tensor:
-    """Concatenates equally shaped tensors of all processes along the first dimension, in order of rank."""
+    """Concatenate equally shaped tensors of all ranks along the first dimension, in order of rank.
+
+    Needs a process group. No gradient flows back.
+    """
     tensor = tensor.detach().contiguous()
     gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, tensor)
     return torch.cat(gathered)
 
 
-def world_size() -> int:
-    """Number of processes, 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def first_row(rows: int) -> int:
+    """Return where this rank's rows start in what `all_gather` returns, given that each rank has `rows` of them."""
+    return dist.get_rank() * rows
+
+
+def sum_own_rows(gathered: Tensor, rows: int) -> Tensor:
+    """Sum a tensor shaped like `all_gather`'s result over all ranks, in place, and return this rank's rows of it."""
+    dist.all_reduce(gathered)
+    start = first_row(rows)
+    return gathered[start : start + rows]
 
 
 def all_reduce_mean_(tensors: list[Tensor]) -> None:
-    """Replaces tensors by their means over all processes, in one collective."""
+    """Replace tensors by their means over all ranks, in one collective."""
 
     def average(flat: Tensor) -> None:
         dist.all_reduce(flat)
@@ -34,12 +49,12 @@ def all_reduce_mean_(tensors: list[Tensor]) -> None:
 
 
 def broadcast_from_main_(tensors: list[Tensor]) -> None:
-    """Replaces tensors by the first process's, in one collective."""
+    """Replace tensors by those of rank 0, in one collective."""
     _in_one_collective(tensors, lambda flat: dist.broadcast(flat, 0))
 
 
 @torch.no_grad()
-def _in_one_collective(tensors: list[Tensor], collective: Callable[[Tensor], None]) -> None:
+def _in_one_collective(tensors: list[Tensor], collective: Callable[[Tensor], object]) -> None:
     if world_size() == 1 or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])

@@ -1,12 +1,10 @@
-"""The two encoders of a model: built, loaded, and pooled to one vector an image or a text.
-
-encoder = load_encoder("sentence-transformers/all-MiniLM-L6-v2", "text")
-pooled = encode_texts(encoder, "mean", input_ids, attention_mask).pooler_output  # [T, width]
-"""
+"""The two encoders of a model: built, loaded, and pooled to one vector per image or text."""
 
 from __future__ import annotations
 
+import inspect
 import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +19,13 @@ from transformers import (
     SiglipTextModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
 
 from .configuration_amorlip import AmorLIPConfig
 from .resnet_amorlip import AmorLIPResNetModel
 
 
-# Ours, by name: to a folder's code loaded with trust_remote_code, configurations come from another copy of it, so that
-# AutoModel would not know their class. And SigLIP's texts, which Transformers itself builds only inside of SigLIP.
+# Encoders that AutoModel does not find: ours, since configurations may come from another copy of this code, loaded with
+# trust_remote_code, whose classes AutoModel does not know; and SigLIP's texts, which it knows as a part of SigLIP only.
 ENCODERS = {
     "amorlip_resnet": AmorLIPResNetModel,
     "siglip_text_model": SiglipTextModel,
@@ -37,15 +34,15 @@ ENCODERS = {
 
 
 def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
-    """The `"vision"` or `"text"` encoder of a model with fresh weights, in the default dtype."""
+    """Build the `"vision"` or `"text"` encoder of a model with fresh weights, in the default dtype."""
     config, pooling = getattr(config, f"{side}_config"), getattr(config, f"{side}_pooling")
     if config.dtype is not None:  # remembered from a checkpoint that the configuration came with
         config.dtype = torch.get_default_dtype()
     model_class = _encoder_class(config)
     build = getattr(model_class, "_from_config", None) or model_class.from_config  # the latter is an Auto class's
     encoder = build(config)
-    # Parameters that no gradient reaches have DistributedDataParallel wait for one: poolers that are not asked, and
-    # what masked pretraining puts in the place of patches.
+    # DistributedDataParallel waits for every parameter's gradient, and none reaches a pooler that is not used or what
+    # masked pretraining puts in the place of patches.
     pooler = getattr(encoder, "pooler", None)
     if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
         encoder.pooler = None
@@ -57,7 +54,7 @@ def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
 
 
 def build_projection(config: AmorLIPConfig, side: str) -> nn.Module:
-    """From the encoder's pooled output [N, width] to the shared space [N, d]."""
+    """Build the map from the encoder's pooled output [N, width] to the shared space [N, d]."""
     size = pooled_size(config, side)
     if getattr(config, f"{side}_projection"):
         return nn.Linear(size, config.projection_dim, bias=False)
@@ -70,7 +67,7 @@ def build_projection(config: AmorLIPConfig, side: str) -> nn.Module:
 
 
 def pooled_size(config: AmorLIPConfig, side: str) -> int:
-    """Width of an encoder's pooled output; hierarchical encoders list a width a stage."""
+    """Return the width of an encoder's pooled output; hierarchical encoders list one width per stage."""
     config, pooling = getattr(config, f"{side}_config"), getattr(config, f"{side}_pooling")
     if pooling == "pooler" and hasattr(config, "projection_size"):  # SigLIP's texts
         return config.projection_size
@@ -83,54 +80,82 @@ def pooled_size(config: AmorLIPConfig, side: str) -> int:
 
 def load_encoder(source: str | os.PathLike | PreTrainedModel, side: str) -> PreTrainedModel:
     """
-    A trained encoder in float32.
-
-    Args:
-        source: a folder, a name on the Hub or a model. A dual encoder such as CLIP gives its tower of that side.
-        side: `"vision"` or `"text"`.
+    Load a trained `"vision"` or `"text"` encoder in float32 from a folder or a name on the Hub, or take a model. A dual
+    encoder such as CLIP gives its tower of that side.
     """
-    if not isinstance(source, PreTrainedModel):
-        config = AutoConfig.from_pretrained(source)
-        source = _encoder_class(config).from_pretrained(source, dtype=torch.float32)
-    return getattr(source, f"{side}_model", source)
+    if isinstance(source, PreTrainedModel):
+        model = source
+    else:
+        model = _encoder_class(AutoConfig.from_pretrained(source)).from_pretrained(source, dtype=torch.float32)
+    return getattr(model, f"{side}_model", model)
 
 
-def encode_images(encoder: PreTrainedModel, pooling: str, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
-    """The encoder's output for [I, channels, height, width], `pooler_output` [I, width] being pooled as asked."""
-    outputs = encoder(pixel_values=pixel_values.to(encoder.dtype), **kwargs)  # processors make float32
-    return _with_pooling(outputs, pool(outputs, pooling))
+def copy_weights(source: PreTrainedModel, encoder: PreTrainedModel, side: str) -> None:
+    """Copy the weights of an encoder into one that `build_encoder` made; a pooler may stay behind.
+
+    Raises:
+        ValueError: the source lacks weights, as a model with a head of its own does.
+    """
+    missing = encoder.load_state_dict(source.state_dict(), strict=False).missing_keys
+    if missing:
+        name = type(source).__name__
+        raise ValueError(f"{side} is a {name} without the weights {', '.join(missing)}; pass a bare encoder.")
+
+
+def encode_images(encoder: PreTrainedModel, config: AmorLIPConfig, pixel_values: Tensor, **kwargs):
+    """Return the encoder's output for [I, channels, height, width], with `pooler_output` [I, width] pooled."""
+    kwargs = _output_options(encoder, config, kwargs)
+    outputs = encoder(pixel_values=pixel_values.to(_input_dtype(encoder)), return_dict=True, **kwargs)
+    return _with_pooling(outputs, pool(outputs, config.vision_pooling))
 
 
 def encode_texts(
     encoder: PreTrainedModel,
-    pooling: str,
+    config: AmorLIPConfig,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     token_type_ids: Tensor | None = None,
     **kwargs,
 ) -> BaseModelOutputWithPooling:
-    """The encoder's output for [T, length], padded on either side, `pooler_output` [T, width] being pooled as asked."""
+    """Return the encoder's output for [T, length], padded on either side, with `pooler_output` [T, width] pooled."""
+    kwargs = _output_options(encoder, config, kwargs)
     if attention_mask is not None:
         attention_mask, input_ids, token_type_ids = pad_right(attention_mask, input_ids, token_type_ids)
     if token_type_ids is not None:
         kwargs["token_type_ids"] = token_type_ids
-    outputs = encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-    is_end = input_ids == encoder.config.eos_token_id if pooling == "eos" else None
-    return _with_pooling(outputs, pool(outputs, pooling, attention_mask, is_end))
+    outputs = encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+    is_end = input_ids == encoder.config.eos_token_id if config.text_pooling == "eos" else None
+    return _with_pooling(outputs, pool(outputs, config.text_pooling, attention_mask, is_end))
+
+
+def _output_options(encoder: PreTrainedModel, config: AmorLIPConfig, kwargs: dict) -> dict:
+    """Fill in the whole model's flags for outputs, and leave out those that the encoder does not know."""
+    flags = {name: kwargs.pop(name, None) for name in ("output_hidden_states", "output_attentions")}
+    flags = {name: getattr(config, name) if value is None else value for name, value in flags.items()}
+    if not any(flags.values()):
+        return kwargs
+    known = inspect.signature(encoder.forward).parameters
+    has_kwargs = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    return kwargs | {name: value for name, value in flags.items() if value and (has_kwargs or name in known)}
+
+
+def _input_dtype(encoder: PreTrainedModel) -> torch.dtype:
+    """Return the dtype of an encoder's weights, which its pixels must have; processors make float32."""
+    if not getattr(encoder, "_is_replica", False):
+        return encoder.dtype
+    # A replica of DataParallel has no parameters, and keeps its copies of them in a dictionary beside.
+    copies = (copy for module in encoder.modules() for copy in vars(module)["_former_parameters"].values())
+    return next(copy.dtype for copy in copies if copy.is_floating_point())
 
 
 def pool(
-    outputs: ModelOutput, pooling: str, attention_mask: Tensor | None = None, is_end: Tensor | None = None
+    outputs: Any, pooling: str | None, attention_mask: Tensor | None = None, is_end: Tensor | None = None
 ) -> Tensor:
     """
-    One vector a sample, [N, width].
+    Pool an encoder's outputs to one vector per sample, [N, width]; `pooling` is as in [`AmorLIPConfig`].
 
-    Args:
-        outputs: of the encoder; `last_hidden_state` is [N, length, width], or feature maps [N, width, ...].
-        pooling: `"pooler"`, the encoder's own `pooler_output`; `"cls"`, the first token; `"mean"` over the attended
-            tokens; `"last"`, the last attended token; `"eos"`, the first end-of-text token, or the last without one.
-        attention_mask: [N, length], 1 for tokens; without it all are.
-        is_end: [N, length], true at end-of-text tokens; for `"eos"`.
+    `last_hidden_state` is [N, length, width], or feature maps [N, width, ...]; `attention_mask` [N, length] has 1 for
+    tokens; `is_end` [N, length] is true at ends of text, of which `"eos"` takes the first, or else the last token.
 
     Raises:
         ValueError: the encoder gives no `pooler_output`, or feature maps where tokens are needed.
@@ -152,15 +177,15 @@ def pool(
         weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weights).sum(1) / weights.sum(1)
     position = (attention_mask * torch.arange(1, hidden.shape[1] + 1, device=hidden.device)).argmax(1)
-    if pooling == "eos":
+    if pooling == "eos" and is_end is not None:
         is_end = is_end & (attention_mask != 0)
         position = torch.where(is_end.any(1), is_end.int().argmax(1), position)
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), position]
 
 
-def pad_right(attention_mask: Tensor, *tokens: Tensor | None) -> tuple[Tensor | None, ...]:
+def pad_right(attention_mask: Tensor, *tokens: Tensor | None) -> tuple[Any, ...]:
     """
-    Rolls the rows of a mask and of what belongs to it, [T, length] each, until padding on the left is on the right.
+    Roll the rows of a mask and of what belongs to it, [T, length] each, until padding on the left is on the right.
 
     Encoders with absolute positions expect it there, and so does CLIP's search for the first end of text where that is
     the padding token too. Rows padded on the right stay as they are.
@@ -172,7 +197,7 @@ def pad_right(attention_mask: Tensor, *tokens: Tensor | None) -> tuple[Tensor | 
     return tuple(None if rows is None else rows.gather(1, order) for rows in (attention_mask, *tokens))
 
 
-def _with_pooling(outputs: ModelOutput, pooled: Tensor) -> BaseModelOutputWithPooling:
+def _with_pooling(outputs: Any, pooled: Tensor) -> BaseModelOutputWithPooling:
     return BaseModelOutputWithPooling(
         last_hidden_state=outputs.last_hidden_state,
         pooler_output=pooled,
@@ -181,19 +206,7 @@ def _with_pooling(outputs: ModelOutput, pooled: Tensor) -> BaseModelOutputWithPo
     )
 
 
-def _encoder_class(config: PreTrainedConfig) -> type:
+def _encoder_class(config: PreTrainedConfig) -> Any:
     # AutoModelForTextEncoding gives the encoder alone of an encoder-decoder such as T5.
     auto = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
     return ENCODERS.get(config.model_type, auto)
-
-
-__all__ = [
-    "build_encoder",
-    "build_projection",
-    "encode_images",
-    "encode_texts",
-    "load_encoder",
-    "pad_right",
-    "pool",
-    "pooled_size",
-]

@@ -1,4 +1,4 @@
-"""OpenCLIP's names, layouts and configurations, and ours: for CLIP's ViT or ResNet with CLIP's text encoder."""
+"""Translate between OpenCLIP's and our names, layouts and configurations: CLIP's ViT or ResNet and its text encoder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .configuration_amorlip import AmorLIPConfig
 from .modeling_amorlip import AmorLIPModel
 
 
@@ -38,7 +39,7 @@ LAYER_NAMES = (
 )
 TRANSPOSED = ("visual.proj", "text_projection")  # OpenCLIP multiplies from the right
 
-# What a model_cfg of OpenCLIP may say; anything else, if set, asks for an architecture that is not CLIP's.
+# Fields of OpenCLIP's model_cfg that CLIP's architecture has; others, if set, ask for another one.
 MODEL_FIELDS = {
     "embed_dim",
     "vision_cfg",
@@ -65,7 +66,11 @@ TEXT_FIELDS = {
 
 
 def open_clip_architecture(weights: dict[str, Tensor], model_cfg: dict, hidden_act: str) -> dict[str, Any]:
-    """Fields of an `AmorLIPConfig`, read from the shapes; what they do not tell comes from OpenCLIP's `model_cfg`."""
+    """Return fields of an `AmorLIPConfig`, read from the shapes and, where these do not tell, from `model_cfg`.
+
+    Raises:
+        ValueError: the architecture is not CLIP's.
+    """
     _refuse_unknown("model_cfg", model_cfg, MODEL_FIELDS)
     vision_cfg, text_cfg = model_cfg.get("vision_cfg", {}), model_cfg.get("text_cfg", {})
     _refuse_unknown("vision_cfg", vision_cfg, VISION_FIELDS)
@@ -73,50 +78,61 @@ def open_clip_architecture(weights: dict[str, Tensor], model_cfg: dict, hidden_a
     if text_cfg.get("pool_type", "argmax") not in ("argmax", "eos"):
         raise ValueError(f"text_cfg.pool_type is {text_cfg['pool_type']!r}; argmax and eos can be converted.")
     try:
-        vocab_size, width = weights["token_embedding.weight"].shape
-        text_config = {
-            "model_type": "clip_text_model",
-            "vocab_size": vocab_size,
-            "max_position_embeddings": len(weights["positional_embedding"]),
-            **_transformer(weights, "transformer", hidden_act, text_cfg.get("heads", max(1, width // 64))),
-            # OpenCLIP pools at the highest id, CLIP's end of text.
-            "bos_token_id": vocab_size - 2,
-            "eos_token_id": text_cfg.get("eos_id", 2) if text_cfg.get("pool_type") == "eos" else vocab_size - 1,
+        is_resnet = "visual.attnpool.c_proj.weight" in weights
+        return {
+            "text_config": _text_encoder(weights, text_cfg, hidden_act),
+            "vision_config": _resnet(weights, vision_cfg) if is_resnet else _vit(weights, vision_cfg, hidden_act),
+            "projection_dim": weights["text_projection"].shape[1],
         }
-        if "visual.attnpool.c_proj.weight" in weights:
-            output_dim, channels = weights["visual.attnpool.c_proj.weight"].shape
-            grid = math.isqrt(len(weights["visual.attnpool.positional_embedding"]) - 1)
-            vision_config = {
-                "model_type": "amorlip_resnet",
-                "width": channels // 32,
-                "depths": [_count(weights, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)],
-                "num_attention_heads": channels // vision_cfg.get("head_width", 64),
-                "image_size": vision_cfg.get("image_size", 32 * grid),
-                "output_dim": output_dim,
-            }
-        else:
-            width, _, patch_size, _ = weights["visual.conv1.weight"].shape
-            heads = width // vision_cfg.get("head_width", 64)
-            if not vision_cfg:
-                heads = max(1, min(16, heads))  # ViT-H and larger ones have wider heads, not more
-            grid = math.isqrt(len(weights["visual.positional_embedding"]) - 1)
-            vision_config = {
-                "model_type": "clip_vision_model",
-                "image_size": grid * patch_size,
-                "patch_size": patch_size,
-                **_transformer(weights, "visual.transformer", hidden_act, heads),
-            }
-        projection_dim = weights["text_projection"].shape[1]
     except KeyError as error:
         raise ValueError(
             f"The checkpoint has no {error}, so it is no CLIP of OpenCLIP's (ViT or ResNet, and CLIP's text encoder). "
             "SigLIP is converted from its repository for Transformers."
         ) from None
-    return {"vision_config": vision_config, "text_config": text_config, "projection_dim": projection_dim}
+
+
+def _text_encoder(weights: dict[str, Tensor], text_cfg: dict, hidden_act: str) -> dict[str, Any]:
+    vocab_size, width = weights["token_embedding.weight"].shape
+    return {
+        "model_type": "clip_text_model",
+        "vocab_size": vocab_size,
+        "max_position_embeddings": len(weights["positional_embedding"]),
+        **_transformer(weights, "transformer", hidden_act, text_cfg.get("heads", max(1, width // 64))),
+        # OpenCLIP pools at the highest id, CLIP's end of text.
+        "bos_token_id": vocab_size - 2,
+        "eos_token_id": text_cfg.get("eos_id", 2) if text_cfg.get("pool_type") == "eos" else vocab_size - 1,
+    }
+
+
+def _resnet(weights: dict[str, Tensor], vision_cfg: dict) -> dict[str, Any]:
+    output_dim, channels = weights["visual.attnpool.c_proj.weight"].shape
+    grid = math.isqrt(len(weights["visual.attnpool.positional_embedding"]) - 1)
+    return {
+        "model_type": "amorlip_resnet",
+        "width": channels // 32,
+        "depths": [_count(weights, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)],
+        "num_attention_heads": channels // vision_cfg.get("head_width", 64),
+        "image_size": vision_cfg.get("image_size", 32 * grid),
+        "output_dim": output_dim,
+    }
+
+
+def _vit(weights: dict[str, Tensor], vision_cfg: dict, hidden_act: str) -> dict[str, Any]:
+    width, _, patch_size, _ = weights["visual.conv1.weight"].shape
+    heads = width // vision_cfg.get("head_width", 64)
+    if not vision_cfg:
+        heads = max(1, min(16, heads))  # ViT-H and larger ones have wider heads, not more
+    grid = math.isqrt(len(weights["visual.positional_embedding"]) - 1)
+    return {
+        "model_type": "clip_vision_model",
+        "image_size": grid * patch_size,
+        "patch_size": patch_size,
+        **_transformer(weights, "visual.transformer", hidden_act, heads),
+    }
 
 
 def from_open_clip_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP's state dict with the names and layouts of `AmorLIPModel`'s."""
+    """Convert OpenCLIP's state dict to the names and layouts of `AmorLIPModel`'s."""
     table = RESNET_NAMES if "visual.attnpool.c_proj.weight" in weights else VIT_NAMES
     ours = {}
     for name, weight in weights.items():
@@ -132,7 +148,7 @@ def from_open_clip_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rename(name: str, prefixes, parts) -> str:
-    """The name with the first of the prefixes that fits, and all of the parts, replaced; both are pairs (old, new)."""
+    """Replace the first prefix that fits, and all parts, of a name; both are pairs (old, new)."""
     for old, new in prefixes:
         if name.startswith(old):
             name = new + name[len(old) :]
@@ -159,12 +175,47 @@ def _transformer(weights: dict[str, Tensor], prefix: str, hidden_act: str, num_a
 
 def _refuse_unknown(name: str, fields: dict, known: set[str]) -> None:
     if unknown := sorted(field for field, value in fields.items() if field not in known and value):
-        raise ValueError(f"open_clip_config.json: {name} sets {unknown}, which is not of CLIP's architecture.")
+        raise ValueError(f"open_clip_config.json: {name} sets {unknown}, which CLIP's architecture does not have.")
 
 
 def open_clip_config(model: AmorLIPModel, processor=None) -> dict:
-    """The content of `open_clip_config.json`."""
+    """Return the content of `open_clip_config.json`.
+
+    Raises:
+        ValueError: OpenCLIP has no such architecture.
+    """
     config = model.config
+    vision, text = config.vision_config, config.text_config
+    is_resnet = vision.model_type == "amorlip_resnet"
+    activation = _check_architecture(config)
+    text_cfg = {
+        "context_length": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+        "width": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "layers": text.num_hidden_layers,
+        "mlp_ratio": text.intermediate_size / text.hidden_size,
+    }
+    # OpenCLIP reads texts at their highest token, CLIP's end of text; in old checkpoints that is eos_token_id 2.
+    if text.eos_token_id not in (2, text.vocab_size - 1):
+        text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
+    preprocess_cfg: dict[str, Any] = {"interpolation": "bicubic", "resize_mode": "shortest"}
+    if processor is not None:
+        text_cfg["hf_tokenizer_name"] = "."  # OpenCLIP looks into the folder itself
+        preprocess_cfg |= {name: list(getattr(processor.image_processor, f"image_{name}")) for name in ("mean", "std")}
+    model_cfg = {
+        "embed_dim": config.projection_dim,
+        "quick_gelu": activation == "quick_gelu",
+        "vision_cfg": {"image_size": vision.image_size, **(_resnet_cfg(vision) if is_resnet else _vit_cfg(vision))},
+        "text_cfg": text_cfg,
+    }
+    if model.logit_bias is not None:
+        model_cfg["init_logit_bias"] = model.logit_bias.item()
+    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+
+
+def _check_architecture(config: AmorLIPConfig) -> str:
+    """Return the activation of both encoders; raise ValueError if OpenCLIP has no such architecture."""
     vision, text = config.vision_config, config.text_config
     types = (vision.model_type, text.model_type)
     if types not in (("clip_vision_model", "clip_text_model"), ("amorlip_resnet", "clip_text_model")):
@@ -178,55 +229,36 @@ def open_clip_config(model: AmorLIPModel, processor=None) -> dict:
             f"vision_projection is {config.vision_projection} and text_projection {config.text_projection}; OpenCLIP "
             f"has {not is_resnet} for this vision encoder and True for the text encoder."
         )
-    transformers = [text] if is_resnet else [text, vision]
-    activations = {encoder.hidden_act for encoder in transformers}
+    encoders = [text] if is_resnet else [text, vision]
+    activations = {encoder.hidden_act for encoder in encoders}
     if len(activations) > 1 or not activations <= {"gelu", "quick_gelu"}:
         raise ValueError(f"hidden_act is {activations}; OpenCLIP has gelu or quick_gelu, the same in both encoders.")
-    if any(encoder.layer_norm_eps != 1e-5 for encoder in transformers):
+    if any(encoder.layer_norm_eps != 1e-5 for encoder in encoders):
         raise ValueError("layer_norm_eps is not 1e-5, which it is in OpenCLIP.")
-    if is_resnet:
-        vision_cfg = {
-            "layers": list(vision.depths),
-            "width": vision.width,
-            "head_width": 32 * vision.width // vision.num_attention_heads,
-            "patch_size": None,
-        }
-    else:
-        vision_cfg = {
-            "layers": vision.num_hidden_layers,
-            "width": vision.hidden_size,
-            "head_width": vision.hidden_size // vision.num_attention_heads,
-            "mlp_ratio": vision.intermediate_size / vision.hidden_size,
-            "patch_size": vision.patch_size,
-        }
-    text_cfg = {
-        "context_length": text.max_position_embeddings,
-        "vocab_size": text.vocab_size,
-        "width": text.hidden_size,
-        "heads": text.num_attention_heads,
-        "layers": text.num_hidden_layers,
-        "mlp_ratio": text.intermediate_size / text.hidden_size,
+    return activations.pop()
+
+
+def _resnet_cfg(vision) -> dict[str, Any]:
+    return {
+        "layers": list(vision.depths),
+        "width": vision.width,
+        "head_width": 32 * vision.width // vision.num_attention_heads,
+        "patch_size": None,
     }
-    # Texts are read where their highest token stands, CLIP's end of text; so says eos_token_id 2 in old checkpoints.
-    if text.eos_token_id not in (2, text.vocab_size - 1):
-        text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
-    preprocess_cfg = {"interpolation": "bicubic", "resize_mode": "shortest"}
-    if processor is not None:
-        text_cfg["hf_tokenizer_name"] = "."  # OpenCLIP looks into the folder itself
-        preprocess_cfg |= {name: list(getattr(processor.image_processor, f"image_{name}")) for name in ("mean", "std")}
-    model_cfg = {
-        "embed_dim": config.projection_dim,
-        "quick_gelu": activations == {"quick_gelu"},
-        "vision_cfg": {"image_size": vision.image_size, **vision_cfg},
-        "text_cfg": text_cfg,
+
+
+def _vit_cfg(vision) -> dict[str, Any]:
+    return {
+        "layers": vision.num_hidden_layers,
+        "width": vision.hidden_size,
+        "head_width": vision.hidden_size // vision.num_attention_heads,
+        "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+        "patch_size": vision.patch_size,
     }
-    if model.logit_bias is not None:
-        model_cfg["init_logit_bias"] = model.logit_bias.item()
-    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
 
 
 def to_open_clip_names(model: AmorLIPModel) -> dict[str, Tensor]:
-    """The encoders' state dict with OpenCLIP's names and layouts, in float32."""
+    """Convert the encoders' state dict to OpenCLIP's names and layouts, in float32."""
     table = RESNET_NAMES if model.config.vision_config.model_type == "amorlip_resnet" else VIT_NAMES
     prefixes, parts = ([(ours, theirs) for theirs, ours in names] for names in (table, LAYER_NAMES))
     weights, exported = model.state_dict(), {}

@@ -1,17 +1,13 @@
 """
 CLIP's ResNet (Radford et al. 2021, Section 2.4) as a vision encoder: a stem of three convolutions, strides that average
-before they subsample, and attention in place of global pooling. The paper's image tower on CC3M is its RN50.
-
-    from modeling_amorlip import AmorLIPConfig, AmorLIPModel
-
-    model = AmorLIPModel(AmorLIPConfig(vision_config={"model_type": "amorlip_resnet"}, projection_dim=1024))
-
-Parameters are named as in CLIP's and OpenCLIP's checkpoints, less their prefix `visual.`.
+before they subsample, and attention in place of global pooling. The paper's image tower on CC3M is its RN50. Parameters
+are named as in CLIP's and OpenCLIP's checkpoints, without their prefix `visual.`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +19,11 @@ from .configuration_amorlip import AmorLIPResNetConfig
 
 
 class AmorLIPResNetLastNorm(nn.BatchNorm2d):
-    """The last normalisation of a block, whose gain starts at 0: blocks begin as the identity."""
+    """The last norm of a block. Its gain starts at 0, so that blocks start as the identity."""
 
 
 class AmorLIPResNetBlock(nn.Module):
-    """A bottleneck: [N, in_channels, H, W] -> [N, 4 channels, H / stride, W / stride]."""
+    """A bottleneck block: [N, in_channels, H, W] -> [N, 4 channels, H / stride, W / stride]."""
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
@@ -51,24 +47,22 @@ class AmorLIPResNetBlock(nn.Module):
         return (self.bn3(self.conv3(self.avgpool(hidden))) + shortcut).relu()
 
 
-class FrozenStatistics:
-    """Inside it a module's running statistics stay: a pass done again for its activations must not count twice."""
-
-    def __init__(self, module: nn.Module):
-        norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
-        self.momenta = {norm: norm.momentum for norm in norms}
-
-    def __enter__(self):
-        for norm in self.momenta:
-            norm.momentum = 0.0
-
-    def __exit__(self, *exception):
-        for norm, momentum in self.momenta.items():
+@contextlib.contextmanager
+def frozen_statistics(module: nn.Module):
+    """Keep a module's running statistics, which a second pass for gradient checkpointing must not count twice."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
 
 class AmorLIPResNetAttentionPool(nn.Module):
-    """The mean over a grid asks the grid, by multi-head attention: [N, C, H, W] -> [N, output_dim]."""
+    """Multi-head attention over a grid, with the grid's mean as the query: [N, C, H, W] -> [N, output_dim]."""
 
     def __init__(self, config: AmorLIPResNetConfig):
         super().__init__()
@@ -97,10 +91,11 @@ class AmorLIPResNetModel(PreTrainedModel):
     config_class = AmorLIPResNetConfig
     base_model_prefix = "amorlip_resnet"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["AmorLIPResNetBlock"]
+    _input_embed_layer = "conv1"
 
     def __init__(self, config: AmorLIPResNetConfig):
         super().__init__(config)
@@ -118,13 +113,10 @@ class AmorLIPResNetModel(PreTrainedModel):
             for block in range(depth):
                 blocks.append(AmorLIPResNetBlock(in_channels, channels, 2 if index and not block else 1))
                 in_channels = 4 * channels
-            setattr(self, f"layer{index + 1}", nn.ModuleList(blocks))
+            self.add_module(f"layer{index + 1}", nn.ModuleList(blocks))
         self.attnpool = AmorLIPResNetAttentionPool(config)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.conv1
 
     def forward(
         self,
@@ -134,46 +126,48 @@ class AmorLIPResNetModel(PreTrainedModel):
         **kwargs,
     ) -> BaseModelOutputWithPooling | tuple:
         """
-        Args:
-            pixel_values: [N, 3, image_size, image_size].
-            output_hidden_states: also return what the stem and each block give.
-
-        Returns:
-            `last_hidden_state` [N, 32 width, image_size / 32, image_size / 32] and `pooler_output` [N, output_dim].
+        Map [N, 3, image_size, image_size] to `last_hidden_state` [N, 32 width, image_size / 32, image_size / 32] and
+        `pooler_output` [N, output_dim]; with `output_hidden_states`, also return what the stem and each block give.
 
         Raises:
-            ValueError: the images have another size; the pool's position embeddings are made for one.
+            ValueError: the images have another size than the pool's position embeddings are made for.
         """
         size = self.config.image_size
         if pixel_values.shape[-2:] != (size, size):
             height, width = pixel_values.shape[-2:]
-            raise ValueError(f"pixel_values are {height} x {width}, this encoder was made for {size} x {size}.")
+            raise ValueError(f"pixel_values are {height} x {width}; this encoder takes images of {size} x {size}.")
         hidden = self.bn1(self.conv1(pixel_values)).relu()
         hidden = self.bn2(self.conv2(hidden)).relu()
         hidden = self.avgpool(self.bn3(self.conv3(hidden)).relu())
         states = [hidden]
         checkpointing = self.gradient_checkpointing and self.training
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
+        for stage in ("layer1", "layer2", "layer3", "layer4"):
+            for block in self.get_submodule(stage).children():
                 hidden = self._checkpointed(block, hidden) if checkpointing else block(hidden)
                 states.append(hidden)
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         outputs = BaseModelOutputWithPooling(
             last_hidden_state=hidden,
             pooler_output=self.attnpool(hidden),
-            hidden_states=tuple(states) if wanted else None,
+            hidden_states=tuple(states) if output_hidden_states else None,
         )
         return outputs.to_tuple() if return_dict is False else outputs
 
-    def _checkpointed(self, block: AmorLIPResNetBlock, hidden: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # what is computed again is then without side effects
+    def _checkpointed(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # which recomputes without side effects
             return self._gradient_checkpointing_func(block, hidden)
-        contexts = contextlib.nullcontext(), FrozenStatistics(block)
-        return self._gradient_checkpointing_func(block, hidden, context_fn=lambda: contexts)
+        passes = itertools.count()
+
+        def run(hidden: Tensor) -> Tensor:
+            with frozen_statistics(block) if next(passes) else contextlib.nullcontext():
+                return block(hidden)
+
+        return self._gradient_checkpointing_func(run, hidden)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # As CLIP: PyTorch's defaults, but for the blocks' last gains and for the pool.
+        # As in CLIP: PyTorch's defaults, except for the blocks' last gains and the pool.
         if isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=5**0.5)
         elif isinstance(module, nn.Linear):
@@ -186,6 +180,3 @@ class AmorLIPResNetModel(PreTrainedModel):
             super()._init_weights(module)
             if isinstance(module, AmorLIPResNetLastNorm):
                 init.zeros_(module.weight)
-
-
-__all__ = ["AmorLIPResNetModel"]

@@ -1,7 +1,9 @@
-"""Small real things to test with: emoji of the demo set, a run's arguments, commands as a user types them."""
+"""Fixtures on small real data: emoji of the demo set, recipes and a model that is trained in seconds."""
 
 import functools
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 from tests.helpers.checkout import DEMO, TINY, pretrain
@@ -18,14 +20,31 @@ import yaml
 torch.set_num_threads(2)
 
 
+@pytest.fixture(autouse=True)
+def no_process_of_its_own(request, monkeypatch):
+    """Refuse a Python process in tests that are not marked `e2e`, so that `pytest -m "not e2e"` stays fast."""
+    if request.node.get_closest_marker("e2e"):
+        return
+    popen = subprocess.Popen
+
+    class Popen(popen):
+        def __init__(self, args, *rest, **options):
+            words = args.split() if isinstance(args, str) else [os.fspath(word) for word in args]
+            assert sys.executable not in words, "Mark this test `e2e`, or call the code in this process."
+            super().__init__(args, *rest, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+
+
 @pytest.fixture(scope="session")
 def demo_rows():
+    """Return the demo's training pairs."""
     return datasets.load_dataset("parquet", data_files=str(DEMO / "train.parquet"), split="train")
 
 
 @pytest.fixture(scope="session")
 def small_data(demo_rows, tmp_path_factory):
-    """A parquet of 100 pairs."""
+    """Return a parquet file of 100 pairs."""
     path = tmp_path_factory.mktemp("data") / "pairs.parquet"
     demo_rows.select(range(100)).to_parquet(path)
     return path
@@ -33,7 +52,7 @@ def small_data(demo_rows, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def recipe_factory(small_data):
-    """Writes a tiny recipe into a folder, with changes, and returns its path."""
+    """Return a function that writes a tiny recipe with changes into a folder, and returns its path."""
 
     def write(folder: Path, **changes) -> Path:
         values = {**TINY, "train_data": str(small_data), "output_dir": str(folder / "run"), **changes}
@@ -46,12 +65,13 @@ def recipe_factory(small_data):
 
 @pytest.fixture
 def recipe(recipe_factory, tmp_path):
+    """Return a function that writes a tiny recipe with changes, and returns its path."""
     return functools.partial(recipe_factory, tmp_path)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(recipe_factory, tmp_path_factory):
-    """The folder of a tiny model, trained for 18 steps."""
+    """Return the folder of a tiny model, trained for 18 steps."""
     folder = tmp_path_factory.mktemp("tiny")
     result = pretrain(recipe_factory(folder))
     assert result.returncode == 0, result.stderr
@@ -60,7 +80,7 @@ def tiny_model(recipe_factory, tmp_path_factory):
 
 @pytest.fixture
 def emoji_files(tmp_path):
-    """A folder of 40 emoji as PNG files in two subfolders, named by their captions; every third is translucent."""
+    """Return a folder of 40 emoji as PNG files in two subfolders, named by their captions; every third has alpha."""
     rows = datasets.load_dataset("parquet", data_files=str(DEMO / "openmoji.parquet"), split="train").select(range(40))
     for i, row in enumerate(rows):
         folder = tmp_path / "emoji" / ("even" if i % 2 == 0 else "odd")

@@ -1,58 +1,255 @@
-"""Builds what a run consists of from its configuration."""
+"""Build everything that a run consists of from its configuration, and find everything that can be wrong with it."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any, cast
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModel, AutoProcessor, CLIPImageProcessor, CLIPProcessor
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from torch.utils.data import DataLoader
 
-from modeling_amorlip import AmorLIPConfig, AmorLIPModel
+from eval.tasks import Task, load_task
+from modeling_amorlip import AmorLIPConfig
 from modeling_amorlip.cli_amorlip import UserError
-from training.config import PretrainConfig
-from training.model.tokenizer import _build_tokenizer
+from training.config import OptimizationConfig, PretrainConfig, build, unknown_name
+from training.data.collate import Collator
+from training.data.dataset import make_dataloader
+from training.data.mixture import Mixture, open_pairs
+from training.data.order import ORDER_VERSION, EpochOrder, PairSampler
+from training.model.construction import TrainingModel, build_model
+from training.model.encoder import EncoderWithObjective, PairEncoder
+from training.objectives import OBJECTIVES, ContrastiveObjective
+from training.optimization import make_optimizer
+from training.run.checkpointing import find_checkpoint, load_checkpoint
+from training.run.flops import FlopMeter
+from training.run.processes import build_accelerator, vary_random_state
+from training.run.resume_settings import check_resumed_config
+from training.run.run_logger import RunLogger, read_run_config
+from training.run.train_state import TrainState
+from training.trainer import Trainer
+from training.validation import Evaluator, check_task_data, held_out, make_validation_loader, task_data_dir
 
 
-def build_model(arguments: PretrainConfig, captions, resumed: Path | None = None):
-    """(model, processor) of a run.
+def build_trainer(config: PretrainConfig) -> Trainer:
+    """Build a trainer, ready for `train()`.
 
-    Args:
-        captions: texts to train a tokenizer on when none is named.
-        resumed: folder of the run that is continued, whose tokenizer is taken whatever the captions are by now.
+    Where the run starts is decided in this order:
+    1. `resume_from_checkpoint` names a checkpoint, or "latest" finds one: that step, exactly.
+    2. "latest" finds a run without a checkpoint: that run, from its first step.
+    3. `model` names a folder or repository: its weights, step 0.
+    4. Otherwise fresh weights, step 0. An output folder that already holds a run is then refused.
+
+    Raises:
+        UserError: something is wrong with the configuration, the data, the model or the output folder.
     """
-    if arguments.model:
-        try:
-            model = AutoModel.from_pretrained(arguments.model)
-            processor = AutoProcessor.from_pretrained(arguments.model)
-        except (OSError, ValueError) as error:
-            raise UserError(f"model {arguments.model} cannot be loaded: {error}") from None
-        if not isinstance(model, AmorLIPModel):
-            raise UserError(f"model {arguments.model} is a {type(model).__name__}; an AmorLIPModel is needed.")
-        return model, processor
-    tokenizer = _build_tokenizer(str(resumed) if resumed else arguments.tokenizer, arguments, captions)
-    # A tokenizer trained here may find fewer tokens than allowed: the embedding table has just what is used.
-    text_config = dict(arguments.text_config)
-    text_config |= {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    initial = {name: getattr(arguments, name) for name in ("logit_scale_init_value", "logit_bias_init_value")}
-    try:
-        config = AmorLIPConfig(
-            vision_config=arguments.vision_config,
-            text_config=text_config,
-            amortizer_config=arguments.amortizer_config,
-            projection_dim=arguments.projection_dim,
-            **{name: value for name, value in initial.items() if value is not None},
-        )
-        model = AmorLIPModel(config)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"The model cannot be built: {error.__cause__ or error}") from None
-    tokenizer.model_max_length = config.text_config.max_position_embeddings
-    size = config.vision_config.image_size
-    image_processor = CLIPImageProcessor(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_convert_rgb=True
+    # What needs neither data nor devices is checked first.
+    checkpoint = find_start(config)
+    config, objective_settings = resolve_objective(config)
+    check_settings(config, checkpoint)
+    tasks = [load_task(name) for name in config.eval_tasks]
+    accelerator = build_accelerator(config)
+    set_seed(config.seed)
+    pairs = open_data(config, accelerator, tasks)
+    built = build_model(config, accelerator, pairs, checkpoint)
+    sampler = build_sampler(config, accelerator, pairs)
+    total_steps = count_steps(config, sampler.steps_per_epoch)
+    # The encoder is joined with the objective before it is wrapped for distribution.
+    encoder = build_encoder(built, config, accelerator)
+    objective = build_objective(objective_settings, built, config, len(pairs)).to(accelerator.device)
+    module = EncoderWithObjective(encoder, objective)
+    wrapped, optimizer = accelerator.prepare(module, make_optimizer(module, config))
+    accelerator.register_for_checkpointing(objective)
+    # All processes have drawn the same random numbers so far; a checkpoint brings its own.
+    vary_random_state(config.seed, accelerator.process_index)
+    state = start_state(accelerator, sampler, checkpoint)
+    dataloader, validation_loader = build_loaders(config, built, pairs, sampler)
+    logger = RunLogger(Path(config.output_dir))
+    evaluator = Evaluator(config, accelerator, logger, built.model, built.processor, encoder, tasks, validation_loader)
+    return Trainer(
+        config=config,
+        accelerator=accelerator,
+        logger=logger,
+        built=built,
+        module=module,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        pairs=pairs,
+        dataloader=dataloader,
+        evaluator=evaluator,
+        state=state,
+        total_steps=total_steps,
+        flops=FlopMeter(built.model, built.image_size, built.context, config.patch_dropout),
+        checkpoint=checkpoint,
     )
-    return model, CLIPProcessor(image_processor, tokenizer)
+
+
+def open_data(config: PretrainConfig, accelerator: Accelerator, tasks: list[Task]) -> Mixture:
+    """Open the training pairs, and find the data of the tasks.
+
+    Raises:
+        UserError: data is missing or cannot be read.
+    """
+    with accelerator.local_main_process_first():  # one process per machine converts data, the others read its cache
+        check_task_data(tasks, task_data_dir(config))
+        return open_pairs(config)
+
+
+def start_state(accelerator: Accelerator, sampler: PairSampler, checkpoint: Path | None) -> TrainState:
+    """Return the position of the run, after restoring everything else from its checkpoint, and move the sampler there.
+
+    Raises:
+        UserError: the checkpoint does not fit this run.
+    """
+    state = TrainState(
+        num_processes=accelerator.num_processes,
+        global_batch_size=sampler.global_batch_size,
+        steps_per_epoch=sampler.steps_per_epoch,
+        order_version=ORDER_VERSION,
+    )
+    if checkpoint is not None:
+        state = load_checkpoint(accelerator, checkpoint, state)
+        sampler.set_order_version(state.order_version)
+    sampler.start_step = state.step
+    return state
+
+
+def build_loaders(
+    config: PretrainConfig, built: TrainingModel, pairs: Mixture, sampler: PairSampler
+) -> tuple[DataLoader, DataLoader | None]:
+    """Return the loader of training batches, and one of the held-out pairs if there are any."""
+    collator = Collator(built.processor.tokenizer, built.context, config.pad_text_to_multiple)
+    dataloader = make_dataloader(pairs, config, built.image_size, collator, sampler)
+    if not config.validation_samples:
+        return dataloader, None
+    return dataloader, make_validation_loader(pairs, config, built.image_size, collator)
+
+
+def find_start(config: PretrainConfig) -> Path | None:
+    """Return the checkpoint to resume from, if any.
+
+    Raises:
+        UserError: there is no such checkpoint, or the output folder holds another run.
+    """
+    output_dir = Path(config.output_dir)
+    if config.resume_from_checkpoint:
+        return find_checkpoint(output_dir, config.resume_from_checkpoint)
+    if output_dir.is_file():
+        raise UserError(f"output_dir {output_dir} is a file; name a folder.")
+    if (output_dir / "run_config.yaml").exists():
+        raise UserError(
+            f"output_dir {output_dir} already holds a run, which would be overwritten: "
+            "continue it with --resume_from_checkpoint latest, or choose another output_dir."
+        )
+    return None
+
+
+def check_settings(config: PretrainConfig, checkpoint: Path | None) -> None:
+    """Compare the settings of a resumed run with those of its first start.
+
+    Raises:
+        UserError: a setting differs that may not change, and `override` does not name it.
+    """
+    if checkpoint is not None and (checkpoint.parent.parent / "run_config.yaml").is_file():
+        settings = read_run_config(checkpoint.parent.parent)
+        del settings["versions"]
+        check_resumed_config(build(PretrainConfig, settings), config)
+
+
+def resolve_objective(config: PretrainConfig) -> tuple[PretrainConfig, Any]:
+    """Return the configuration with the objective's defaults of model fields, and the objective's settings.
+
+    Raises:
+        UserError: the objective or one of its settings is unknown or wrong.
+    """
+    objective_class = OBJECTIVES.get(config.objective)
+    if objective_class is None:
+        raise UserError(unknown_name("objective", config.objective, list(OBJECTIVES)))
+    try:
+        settings: Any = build(objective_class.Arguments, config.objective_args, "objective_args.")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"objective_args: {error}") from None
+    defaults = {
+        name: value for name, value in objective_class.model_defaults.items() if getattr(config, name) in (None, {})
+    }
+    return dataclasses.replace(config, **defaults), settings
+
+
+def build_sampler(config: PretrainConfig, accelerator: Accelerator, pairs: Mixture) -> PairSampler:
+    """Return the sampler of this process's share of the batches, without the held-out pairs.
+
+    Raises:
+        UserError: no pairs remain for training, or they do not fill a batch.
+    """
+    groups = pairs.column(config.group_column) if config.group_column else None
+    if config.validation_samples >= len(pairs):
+        raise UserError(f"validation_samples {config.validation_samples} are not below the {len(pairs)} pairs.")
+    order = EpochOrder(pairs, config, held_out(len(pairs), config.validation_samples))
+    return PairSampler(
+        order,
+        len(order),
+        config.per_device_train_batch_size,
+        accelerator.num_processes,
+        accelerator.process_index,
+        groups,
+    )
+
+
+def count_steps(config: OptimizationConfig, steps_per_epoch: int) -> int:
+    """Return the number of steps of the run.
+
+    Raises:
+        UserError: the warmup takes all of them.
+    """
+    total_steps = config.num_train_epochs * steps_per_epoch
+    if config.max_steps > 0:
+        total_steps = min(total_steps, config.max_steps)
+    if config.warmup_steps >= total_steps:
+        raise UserError(
+            f"warmup_steps ({config.warmup_steps}) is not below the number of steps ({total_steps}): "
+            "lower it or train longer."
+        )
+    return total_steps
+
+
+def build_encoder(built: TrainingModel, config: PretrainConfig, accelerator: Accelerator) -> PairEncoder:
+    """Return the dual encoder, compiled and laid out as configured.
+
+    Raises:
+        UserError: `sync_batchnorm` or `patch_dropout` is not possible.
+    """
+    encoder = PairEncoder(
+        built.model,
+        built.processor.image_processor.image_mean,
+        built.processor.image_processor.image_std,
+        config.freeze,
+        config.patch_dropout,
+        config.text_groups,
+    )
+    if config.sync_batchnorm and accelerator.num_processes > 1:
+        if accelerator.device.type == "cpu":
+            raise UserError("sync_batchnorm needs GPUs: torch cannot join batch statistics on CPUs; leave it out.")
+        encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+    if config.channels_last:
+        encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.compile:
+        encoder.compile()
+    return encoder
+
+
+def build_objective(
+    settings: Any, built: TrainingModel, config: PretrainConfig, num_samples: int
+) -> ContrastiveObjective:
+    """Return the objective.
+
+    Raises:
+        UserError: its settings contradict the model or the processes.
+    """
+    model_config = cast(AmorLIPConfig, built.model.config)
+    try:
+        return OBJECTIVES[config.objective](model_config, settings, config.negatives, num_samples)
+    except ValueError as error:
+        raise UserError(str(error)) from None

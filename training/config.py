@@ -1,353 +1,321 @@
-"""Typed, validated configuration of a training run: a YAML recipe, overridden from the command line.
+"""Typed, validated configuration of a training run, read from a YAML recipe and the command line.
 
     accelerate launch training/pretrain.py --config training/recipes/emoji_demo.yaml --learning_rate 5e-4
 
-Every field below can stand in the recipe and on the command line; members of a mapping are reached with a dot, as in
-`--augmentation.rotation 15` or `--vision_config.hidden_size 192`. An unknown field is refused, naming the nearest one.
+Every field below can be set in the recipe and on the command line, which wins. A dot reaches a member of a mapping, as
+in `--augmentation.rotation 15` or `--vision_config.hidden_size 192`; `--vision_config '{...}'` replaces the mapping.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import textwrap
-import types
-import typing
+import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from training.config_fields import check_fields, expand_home, setting, user_error
+from training.config_reader import build, format_help, read_settings, unknown_name
 
-from modeling_amorlip.cli_amorlip import UserError
 
+__all__ = [
+    "AugmentationConfig",
+    "DataConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizationConfig",
+    "PretrainConfig",
+    "RunConfig",
+    "build",
+    "parse_config",
+    "print_help_and_exit",
+    "unknown_name",
+]
 
-def _field(default: Any, help: str) -> Any:
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+DESCRIPTION = """Train AmorLIP, or another objective, from a recipe.
+
+Every setting below can stand in the recipe, as `name: value`, and on the command line, which wins. A dot reaches a
+member of a mapping, as in --augmentation.rotation 15 or --vision_config.hidden_size 192; --vision_config '{...}'
+replaces the mapping. Lists are written [a, b], or a b on the command line; null unsets a setting."""
+USAGE = "accelerate launch training/pretrain.py --config RECIPE [--field value ...]"
 
 
 @dataclass
 class AugmentationConfig:
     """Random changes to training images. The defaults are the paper's: a slight crop and nothing else."""
 
-    crop_scale: list[float] = _field([0.9, 1.0], "range of the crop's area, as a fraction of the image's")
-    crop_ratio: list[float] = _field([0.75, 4 / 3], "range of the crop's width / height")
-    horizontal_flip: float = _field(0.0, "probability of a mirror image")
-    rotation: float = _field(0.0, "largest rotation, degrees either way")
-    translation: float = _field(0.0, "largest shift, as a fraction of the side")
-    zoom: list[float] = _field([1.0, 1.0], "range of magnification; below 1 the border is continued")
-    color_jitter: float = _field(0.0, "largest change of brightness, contrast and saturation, as a fraction")
-    restyle: float = _field(0.0, "probability of other tones, colours, sharpness or outlines")
+    crop_scale: list[float] = setting([0.9, 1.0], "Range of the crop's area, as a fraction of the image's.", gt=0, le=1)
+    crop_ratio: list[float] = setting([0.75, 4 / 3], "Range of the crop's width divided by its height.", gt=0)
+    horizontal_flip: float = setting(0.0, "Probability of mirroring the image left to right.", ge=0, le=1)
+    rotation: float = setting(0.0, "Largest rotation to either side, in degrees.", ge=0, le=180)
+    translation: float = setting(0.0, "Largest shift, as a fraction of the image's side.", ge=0, le=1)
+    zoom: list[float] = setting(
+        [1.0, 1.0], "Range of magnification; values below 1 continue the border around the image.", gt=0
+    )
+    color_jitter: float = setting(
+        0.0, "Largest change of brightness, contrast and saturation, as a fraction.", ge=0, le=1
+    )
+    restyle: float = setting(0.0, "Probability of changing tones, colors, sharpness or outlines.", ge=0, le=1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        check_fields(self, "augmentation.")
         for name in ("crop_scale", "crop_ratio", "zoom"):
             value = getattr(self, name)
-            if len(value) != 2 or not 0 < value[0] <= value[1]:
-                raise UserError(f"augmentation.{name} must be [low, high] with 0 < low <= high, got {value}.")
-        if self.crop_scale[1] > 1:
-            raise UserError(f"augmentation.crop_scale {self.crop_scale} reaches above 1, the whole image.")
-        for name in ("horizontal_flip", "rotation", "translation", "color_jitter", "restyle"):
-            limit = 180 if name == "rotation" else 1
-            if not 0 <= getattr(self, name) <= limit:
-                raise UserError(f"augmentation.{name} must lie in 0 to {limit}, got {getattr(self, name)}.")
+            if len(value) != 2 or value[0] > value[1]:
+                raise user_error(f"augmentation.{name} must be [low, high] with low <= high, got {value}.")
 
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters on both encoders, then all that is trained of them (LoRA); none where nothing is set."""
+    """Low-rank adapters (LoRA) to train in place of the encoders; there are none unless one of these is set."""
 
-    rank: int = _field(8, "of the adapters' products")
-    alpha: float = _field(16.0, "the products are multiplied by alpha / rank")
-    dropout: float = _field(0.0, "probability that an adapter's input is dropped in training")
-    target_modules: list[str] = _field(["q_proj", "v_proj"], "names of the layers that are adapted, CLIP's attention")
+    rank: int = setting(8, "Rank of the adapters' matrices.", ge=1)
+    alpha: float = setting(16.0, "Scale of the adapters' output, which is multiplied by alpha / rank.", gt=0)
+    dropout: float = setting(0.0, "Probability of dropping an element of an adapter's input in training.", ge=0, lt=1)
+    target_modules: list[str] = setting(
+        ["q_proj", "v_proj"], "Names of the layers that are adapted; the default is CLIP's attention."
+    )
 
-    def __post_init__(self):
-        if self.rank < 1:
-            raise UserError(f"lora.rank must be at least 1, got {self.rank}.")
-        if self.alpha <= 0:
-            raise UserError(f"lora.alpha must be above 0, got {self.alpha}.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"lora.dropout must lie in 0 to below 1, got {self.dropout}.")
+    def __post_init__(self) -> None:
+        check_fields(self, "lora.")
         if not self.target_modules:
-            raise UserError("lora.target_modules is empty: name layers to adapt, such as q_proj.")
+            raise user_error("lora.target_modules is empty: name layers to adapt, such as q_proj.")
 
 
 @dataclass
 class RunConfig:
-    """Settings of a run as a whole: where it writes, how often it saves, logs and evaluates."""
+    """Where the run writes, and how often it saves, logs and evaluates."""
 
-    output_dir: str = _field("", "folder for the model, checkpoints and metrics (required)")
-    resume_from_checkpoint: str | None = _field(None, "'latest', or a folder checkpoints/step_XXXXXXXX")
-    checkpoint_every: int = _field(1000, "steps between checkpoints")
-    keep_last: int = _field(2, "number of checkpoints kept")
-    keep_every: int = _field(0, "steps whose multiples' checkpoints are kept for good; 0 keeps the last only")
-    log_every: int = _field(10, "steps between lines of metrics.jsonl")
-    eval_every: int = _field(0, "steps between evaluations; 0 evaluates at the end only")
-    eval_tasks: list[str] = _field([], "tasks of eval/run.py to run; the best model by the first is kept in best/")
-    validation_samples: int = _field(0, "pairs left out of training, whose InfoNCE loss is part of evaluations")
-    push_to_hub: str | None = _field(None, "repository USER/NAME that the finished model is published to")
-    report_to: str = _field("none", "tracker for Accelerate's log_with: none, tensorboard, wandb, ...")
+    output_dir: str = setting("", "Folder for the model, checkpoints and metrics.", is_path=True, required=True)
+    resume_from_checkpoint: str | None = setting(
+        None, "Checkpoint to continue from: 'latest', or a folder checkpoints/step_XXXXXXXX.", is_path=True
+    )
+    override: list[str] = setting([], "Names of settings that may differ from the run that is resumed.")
+    checkpoint_every: int = setting(1000, "Steps between checkpoints.", ge=1)
+    keep_last: int = setting(2, "Number of newest checkpoints to keep.", ge=1)
+    keep_every: int = setting(
+        0, "Keep checkpoints whose step is a multiple of this number of steps; 0 keeps the newest only.", ge=0
+    )
+    log_every: int = setting(10, "Steps between lines of metrics.jsonl.", ge=1)
+    eval_every: int = setting(0, "Steps between evaluations; 0 evaluates after the last step only.", ge=0)
+    eval_data_dir: str | None = setting(
+        None, "Folder with the data of eval_tasks; by default the repository's root.", is_path=True
+    )
+    eval_tasks: list[str] = setting(
+        [], "Tasks of eval/run.py to evaluate; best/ keeps the model with the highest score on the first."
+    )
+    validation_samples: int = setting(
+        0, "Number of pairs held out from training; evaluations report their contrastive loss.", ge=0
+    )
+    push_to_hub: str | None = setting(None, "Hub repository USER/NAME that the finished model is published to.")
+    report_to: str = setting("none", "Experiment tracker that Accelerate logs to, such as tensorboard, or none.")
+    debug_pixels: bool = setting(
+        False, "Save the images of a batch with non-finite gradients in output_dir/debug as well."
+    )
+    ddp_timeout: int = setting(1800, "Seconds after which a process stops waiting for the others.", ge=1)
 
 
 @dataclass
 class DataConfig:
-    """Settings of the training data."""
+    """Image-text pairs and how they are read."""
 
-    train_data: str = _field(
+    train_data: str = setting(
         "",
-        "WebDataset tars or parquet (folder, pattern with {000..123} or *, hf://datasets/OWNER/NAME/PATTERN), CSV, TSV "
-        "or JSON file, image folder, saved data set or Hub name; several divided by :: (required)",
+        "Training pairs: WebDataset tars or parquet files (a folder, a pattern with {000..123} or *, or "
+        "hf://datasets/OWNER/NAME/PATTERN), a CSV, TSV or JSON file, an image folder, a saved data set or one of the "
+        "Hub; several sources are separated by ::.",
+        is_path=True,
+        required=True,
     )
-    train_data_weights: list[float] = _field([], "share of each source of train_data in an epoch; else by its size")
-    samples_per_epoch: int = _field(0, "pairs an epoch, drawn from sources gone through endlessly; 0: every pair once")
-    shuffle: Literal["samples", "shards", "none"] = _field("samples", "mix all pairs, shards and a buffer, or nothing")
-    shuffle_buffer: int = _field(10_000, "pairs that are mixed among each other, with shuffle shards")
-    train_split: str = _field("train", "split of the data set")
-    csv_separator: str | None = _field(None, "separator of CSV and TSV files; else the one that gives the columns")
-    shard_cache_size: float = _field(50.0, "gigabytes of remote shards that are kept on the local disk")
-    image_column: str = _field("image", "column of images")
-    caption_column: str = _field("caption", "column of captions")
-    further_caption_columns: list[str] = _field([], "more columns of captions; one of all is drawn a time")
-    alternative_captions_column: str | None = _field(None, "column of lists of captions, one of which is drawn a time")
-    keywords_column: str | None = _field(None, "column of lists of keywords to mix into captions")
-    keywords_probability: float = _field(0.5, "share of captions that get keywords, with keywords_column")
-    group_column: str | None = _field(None, "column whose values should not meet in a batch (avoids false negatives)")
+    train_data_weights: list[float] = setting(
+        [], "Share of each source of train_data in an epoch, of any sum; by default proportional to its size.", gt=0
+    )
+    samples_per_epoch: int = setting(
+        0, "Pairs per epoch, drawn from sources that repeat endlessly; 0 uses every pair once.", ge=0
+    )
+    shuffle: Literal["samples", "shards", "none"] = setting(
+        "samples", "Order of the pairs: shuffle all of them, shards and a buffer of pairs, or none."
+    )
+    shuffle_buffer: int = setting(10_000, "Pairs in the shuffle buffer, with shuffle shards.", ge=1)
+    train_split: str = setting("train", "Split of a data set that has several.")
+    csv_separator: str | None = setting(
+        None, "Separator of CSV and TSV files; by default the one that gives the columns."
+    )
+    shard_cache_size: float = setting(50.0, "Gigabytes of remote shards that stay on the local disk.", gt=0)
+    image_column: str = setting("image", "Column with the images.")
+    caption_column: str = setting("caption", "Column with the captions.")
+    further_caption_columns: list[str] = setting(
+        [], "Further columns with captions; each time a pair is used, one of its captions is drawn."
+    )
+    alternative_captions_column: str | None = setting(
+        None, "Column with lists of captions; each time a pair is used, one of its captions is drawn."
+    )
+    keywords_column: str | None = setting(None, "Column with lists of keywords to mix into the captions.")
+    keywords_probability: float = setting(
+        0.5, "Probability that a caption gets keywords, with keywords_column.", ge=0, le=1
+    )
+    group_column: str | None = setting(
+        None, "Column whose equal values are kept out of one batch, to avoid false negatives."
+    )
     augmentation: AugmentationConfig = field(
-        default_factory=AugmentationConfig, metadata={"help": "random changes to images"}
+        default_factory=AugmentationConfig,
+        metadata={"help": "Random changes to training images, see AugmentationConfig below.", "required": False},
     )
-    dataloader_num_workers: int = _field(1, "processes that decode, for each training process")
-    max_image_pixels: int = _field(89_478_485, "images of more pixels are left out, undecoded")
-    max_bad_fraction: float = _field(0.01, "share of unusable pairs past which a run stops, once 1000 pairs were met")
-    pad_text_to_multiple: int = _field(1, "texts are padded to the batch's longest, rounded up to this; -1: to context")
-    text_groups: int = _field(1, "groups of similar length that a batch's texts are encoded in, each padded by itself")
+    dataloader_num_workers: int = setting(1, "Processes that decode images, per training process.", ge=0)
+    max_image_pixels: int = setting(89_478_485, "Number of pixels above which an image is skipped undecoded.", ge=1)
+    max_bad_fraction: float = setting(
+        0.01, "Fraction of unusable pairs above which the run stops, once 1000 pairs have been read.", ge=0, le=1
+    )
+    pad_text_to_multiple: int = setting(
+        1,
+        "Pad texts to the longest of the batch, rounded up to a multiple of this number of tokens; -1 pads to the "
+        "context length.",
+        ge=-1,
+    )
+    text_groups: int = setting(
+        1, "Number of groups of similar length that a batch's texts are encoded in, each padded by itself.", ge=1
+    )
 
 
 @dataclass
 class ModelConfig:
-    """Settings of the model."""
+    """The model, fresh or pretrained."""
 
-    model: str | None = _field(None, "folder or Hub name to continue from, with processor; else the model is fresh")
-    vision_config: dict = _field({}, "image encoder, any Transformers configuration with its model_type")
-    text_config: dict = _field({}, "text encoder; vocab_size limits a tokenizer trained here")
-    amortizer_config: dict = _field({}, "amortizer heads: head_type, width_factor, size")
-    projection_dim: int = _field(512, "size of the embedding space")
-    logit_scale_init_value: float | None = _field(None, "logarithm of the initial logit scale; else log(1 / 0.07)")
-    logit_bias_init_value: float | None = _field(None, "initial logit bias; without it the model has none")
-    tokenizer: str | None = _field(None, "name or folder; else one is trained on the captions")
-    freeze: list[str] = _field([], "vision or text: encoders that are not trained (LiT)")
-    lora: LoraConfig | None = _field(None, "adapters to train in place of the encoders of model")
-    patch_dropout: float = _field(0.0, "share of image patches left out in training, of encoders with a class token")
-    sync_batchnorm: bool = _field(False, "batch normalisation over the batches of all GPUs")
-    compile: bool = _field(False, "compile the encoders with torch.compile")
-    channels_last: bool = _field(False, "lay images out with channels last, faster for convolutions on GPUs")
+    model: str | None = setting(
+        None,
+        "Folder or Hub name of a model to continue from, with its processor; by default the model is fresh.",
+        is_path=True,
+    )
+    vision_config: dict[str, Any] = setting(
+        {}, "Image encoder: any Transformers configuration, named by its model_type; by default CLIP's ViT-B/32."
+    )
+    text_config: dict[str, Any] = setting(
+        {}, "Text encoder: any Transformers configuration; its vocab_size limits a tokenizer that is trained here."
+    )
+    amortizer_config: dict[str, Any] = setting({}, "Amortizer heads: head_type, width_factor and size.")
+    projection_dim: int = setting(512, "Dimension of the shared embedding space.", ge=1)
+    logit_scale_init_value: float | None = setting(
+        None, "Natural logarithm of the initial logit scale; by default the objective's, usually log(1 / 0.07)."
+    )
+    logit_bias_init_value: float | None = setting(
+        None, "Initial logit bias; by default the objective's, usually no bias."
+    )
+    tokenizer: str | None = setting(
+        None, "Folder or Hub name of a tokenizer; by default one is trained on the captions.", is_path=True
+    )
+    freeze: list[Literal["vision", "text"]] = setting([], "Encoders that are not trained: vision, text.")
+    lora: LoraConfig | None = field(
+        default=None,
+        metadata={"help": "Adapters to train in place of the encoders, see LoraConfig below.", "required": False},
+    )
+    patch_dropout: float = setting(
+        0.0, "Fraction of image patches dropped in training, for encoders with a class token.", ge=0, lt=1
+    )
+    sync_batchnorm: bool = setting(False, "Compute batch normalization over the batches of all GPUs.")
+    compile: bool = setting(False, "Compile the encoders with torch.compile.")
+    channels_last: bool = setting(False, "Store images with channels last, which speeds up convolutions on GPUs.")
 
 
 @dataclass
 class ObjectiveConfig:
-    """Settings of the objective."""
+    """What is minimized."""
 
-    objective: str = _field("amorlip", "amorlip, clip, dcl, siglip, sogclr, fastclip or neuclip")
-    objective_args: dict = _field({}, "settings of the objective, see its file")
-    negatives: Literal["global", "local"] = _field("global", "negatives from all processes, or from each its own")
+    objective: str = setting("amorlip", "Objective: amorlip, clip, dcl, siglip, sogclr, fastclip or neuclip.")
+    objective_args: dict[str, Any] = setting(
+        {}, "Settings of the objective, listed in its file in training/objectives/."
+    )
+    negatives: Literal["global", "local"] = setting(
+        "global", "Negatives of a pair: the batches of all processes, or the process's own batch."
+    )
 
 
 @dataclass
 class OptimizationConfig:
-    """Settings of the optimization."""
+    """Optimizer, schedule and precision."""
 
-    seed: int = _field(0, "of initialisation, order and augmentation")
-    num_train_epochs: int = _field(1, "passes over the data")
-    max_steps: int = _field(-1, "stop after so many steps; -1 leaves it to num_train_epochs")
-    per_device_train_batch_size: int = _field(128, "pairs a process and step")
-    micro_batch_size: int = _field(0, "pairs encoded at a time, to save memory; the result is the whole batch's")
-    learning_rate: float = _field(1e-3, "AdamW's, at its peak")
-    logit_scale_learning_rate: float = _field(1e-4, "the logit scale's own, at its peak")
-    logit_scale_slow_above: float | None = _field(None, "logit scale above which its learning rate is a third")
-    max_logit_scale: float = _field(100.0, "upper bound of the logit scale")
-    weight_decay: float = _field(0.2, "AdamW's, on matrices only")
-    adam_beta1: float = _field(0.9, "AdamW's")
-    adam_beta2: float = _field(0.98, "AdamW's")
-    adam_epsilon: float = _field(1e-6, "AdamW's")
-    warmup_steps: int = _field(0, "steps of linear warm-up before the cosine")
-    max_grad_norm: float = _field(1.0, "norm that gradients are clipped to; 0 turns clipping off")
-    max_skipped_steps: int = _field(20, "steps with non-finite gradients in a row, which are skipped, that stop a run")
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _field("auto", "auto is bf16 on a GPU that has it")
-    gradient_checkpointing: bool = _field(False, "recompute activations in the backward pass to save memory")
+    seed: int = setting(0, "Seed for weight initialization, data order and augmentation.", ge=0, lt=2**32)
+    num_train_epochs: int = setting(1, "Number of epochs.", ge=1)
+    max_steps: int = setting(-1, "Number of steps after which training stops; -1 trains for num_train_epochs.", ge=-1)
+    per_device_train_batch_size: int = setting(128, "Pairs per process and step.", ge=1)
+    micro_batch_size: int = setting(
+        0,
+        "Pairs encoded at a time to save memory, by gradient caching: the result is the whole batch's; 0 encodes all "
+        "at once.",
+        ge=0,
+    )
+    learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.", gt=0)
+    logit_scale_learning_rate: float = setting(1e-4, "Peak learning rate of the logit scale.", gt=0)
+    logit_scale_slow_above: float | None = setting(
+        None, "Logit scale above which its learning rate is divided by three; by default never.", gt=0
+    )
+    max_logit_scale: float = setting(100.0, "Upper bound of the logit scale.", gt=0)
+    weight_decay: float = setting(0.2, "Weight decay of AdamW, applied to matrices only.", ge=0)
+    adam_beta1: float = setting(0.9, "Decay rate of AdamW's first moment.", ge=0, lt=1)
+    adam_beta2: float = setting(0.98, "Decay rate of AdamW's second moment.", ge=0, lt=1)
+    adam_epsilon: float = setting(1e-6, "Constant in AdamW's denominator.", gt=0)
+    warmup_steps: int = setting(0, "Steps of linear warmup before the cosine decay.", ge=0)
+    max_grad_norm: float = setting(1.0, "Norm that gradients are clipped to; 0 turns clipping off.", ge=0)
+    max_skipped_steps: int = setting(
+        20, "Number of consecutive steps skipped for non-finite gradients after which the run stops.", ge=1
+    )
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = setting(
+        "auto", "Precision of the encoders; auto follows Accelerate's setting, or is bf16 on a GPU that has it."
+    )
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
 
 
 @dataclass
 class PretrainConfig(OptimizationConfig, ObjectiveConfig, ModelConfig, DataConfig, RunConfig):
-    """Settings of a pretraining run, in one flat namespace."""
+    """Settings of a pretraining run, in one flat namespace; paths have their `~` expanded."""
 
-    def __post_init__(self):
-        self.lora = self.lora or None
-        for name in ("output_dir", "train_data"):
-            if not getattr(self, name):
-                raise UserError(f"{name} is not set: name it in the recipe or as --{name} PATH.")
-        at_least_1 = ("per_device_train_batch_size", "num_train_epochs", "checkpoint_every", "keep_last", "log_every")
-        for name in (*at_least_1, "text_groups"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        at_least_0 = ("eval_every", "warmup_steps", "dataloader_num_workers", "weight_decay", "max_grad_norm")
-        for name in (*at_least_0, "micro_batch_size"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        for name in ("learning_rate", "logit_scale_learning_rate", "adam_epsilon"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be above 0, got {getattr(self, name)}.")
-        if not 0 <= self.keywords_probability <= 1:
-            raise UserError(f"keywords_probability must lie in 0 to 1, got {self.keywords_probability}.")
-        for name in ("samples_per_epoch", "validation_samples", "patch_dropout", "max_bad_fraction"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        for name in ("shuffle_buffer", "max_image_pixels", "max_skipped_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if any(weight <= 0 for weight in self.train_data_weights):
-            raise UserError(f"train_data_weights must be above 0, got {self.train_data_weights}.")
-        if unknown := set(self.freeze) - {"vision", "text"}:
-            raise UserError(f"freeze is {sorted(unknown)[0]!r}; choose vision or text.")
-        if self.lora and not self.model:
-            raise UserError("lora adapts a trained model: name one with model, or leave lora out.")
-        if self.lora and {"vision", "text"} <= set(self.freeze):
-            raise UserError("lora has no encoder left to adapt with both in freeze: take one out of it.")
-        if self.patch_dropout >= 1 or self.max_bad_fraction > 1:
-            raise UserError("patch_dropout must lie below 1, and max_bad_fraction not above it.")
-        if self.pad_text_to_multiple < 1 and self.pad_text_to_multiple != -1:
-            raise UserError(f"pad_text_to_multiple must be -1 or at least 1, got {self.pad_text_to_multiple}.")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise UserError(f"max_steps must be -1 (no limit) or at least 1, got {self.max_steps}.")
+    def __post_init__(self) -> None:
+        expand_home(self)
+        check_fields(self)
+        if self.max_steps == 0:
+            raise user_error("max_steps must be -1 (no limit) or at least 1, got 0.")
+        if self.pad_text_to_multiple == 0:
+            raise user_error("pad_text_to_multiple must be -1 (the context length) or at least 1, got 0.")
+        self._check_evaluation()
+        self._check_model()
+
+    def _check_evaluation(self) -> None:
         if self.eval_every and not (self.eval_tasks or self.validation_samples):
-            raise UserError(
-                f"eval_every is {self.eval_every} but eval_tasks is empty and validation_samples 0: "
-                "name tasks, hold out pairs, or set it to 0."
+            raise user_error(
+                f"eval_every is {self.eval_every} but eval_tasks is empty and validation_samples is 0: "
+                "name tasks, hold out pairs, or set eval_every to 0."
             )
+
+    def _check_model(self) -> None:
         if self.model and (self.vision_config or self.text_config):
-            raise UserError("model and vision_config or text_config contradict each other: drop one.")
+            raise user_error("model and vision_config or text_config contradict each other: drop one.")
         if self.model and self.tokenizer:
-            raise UserError("model and tokenizer contradict each other: a model brings its own tokenizer; drop one.")
+            raise user_error("model and tokenizer contradict each other: a model brings its own tokenizer; drop one.")
+        if self.lora and not self.model:
+            raise user_error("lora adapts a trained model: name one with model, or leave lora out.")
+        if self.lora and {"vision", "text"} <= set(self.freeze):
+            raise user_error("lora has no encoder left to adapt with both in freeze: take one out of freeze.")
 
 
-def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
-    """A `cls` dataclass from a mapping, its values converted to the fields' types (YAML reads 1e-3 as text).
-
-    Raises:
-        UserError: a field is unknown, where the nearest is named, or its value is of another type.
-    """
-    known, hints, converted = [f.name for f in dataclasses.fields(cls)], typing.get_type_hints(cls), {}
-    for name, value in values.items():
-        if name not in known:
-            raise UserError(unknown_name("field", name, known, prefix))
-        try:
-            converted[name] = _convert(value, hints[name])
-        except (TypeError, ValueError):
-            expected = getattr(hints[name], "__name__", str(hints[name])).replace("typing.", "")
-            raise UserError(f"{prefix}{name} must be {expected}, got {value!r}.") from None
-    return cls(**converted)
-
-
-def unknown_name(kind: str, name: str, known: list[str], prefix: str = "") -> str:
-    """The message for a name that does not exist."""
-    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"there are: {', '.join(known)}."
-    return f"Unknown {kind} {prefix}{name}: {hint}"
+def print_help_and_exit(argv: list[str]) -> None:
+    """Print every setting and exit, if the command line asks for help; takes under a second, without torch."""
+    if not {"--help", "-h"} & set(argv):
+        return
+    groups = {
+        "Run": RunConfig,
+        "Data": DataConfig,
+        "Model": ModelConfig,
+        "Objective": ObjectiveConfig,
+        "Optimization": OptimizationConfig,
+    }
+    nested = {"augmentation": AugmentationConfig, "lora": LoraConfig}
+    print(format_help(DESCRIPTION, USAGE, groups, nested), end="")
+    sys.exit(0)
 
 
 def parse_config(argv: list[str]) -> PretrainConfig:
-    """Reads `--config RECIPE [--field value ...]`; raises `UserError` on whatever is wrong with it."""
-    if "--help" in argv or "-h" in argv:
-        print(help_text())
-        raise SystemExit(0)
-    overrides = _read_overrides(argv)
-    config = overrides.pop("config", None)
-    values = _read_recipe(str(config)) if config is not None else {}
-    for key, value in overrides.items():
-        *parents, leaf = key.split(".")
-        target = values
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise UserError(f"--{key}: {parent} is not a mapping.")
-        target[leaf] = value
-    return build(PretrainConfig, values)
+    """Return the configuration of `--config RECIPE [--field value ...]`, or print the help and exit.
 
-
-def _read_overrides(argv: list[str]) -> dict[str, Any]:
-    overrides, rest = {}, list(argv)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--"):
-            raise UserError(f"Expected --field value, got {flag!r}; see --help.")
-        name, equals, value = flag[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise UserError(f"--{name} needs a value.")
-            value = rest.pop(0)
-        overrides[name] = yaml.safe_load(value)
-    return overrides
-
-
-def _read_recipe(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise UserError(f"--config {path}: there is no such file; recipes lie in training/recipes/.")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path} must hold fields and values, one a line.")
-    return values
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return build(hint, value, f"{'lora' if hint is LoraConfig else 'augmentation'}.")
-    origin, members = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _convert(value, next(m for m in members if m is not type(None)))
-    if origin is Literal:
-        # YAML reads a bare `no` as False.
-        value = "no" if value is False and "no" in members else value
-        if value not in members:
-            raise ValueError
-        return value
-    if origin is list:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError
-        return [_convert(v, members[0]) for v in value]
-    hint = origin or hint
-    if hint is float and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, bool) and hint is not bool or not isinstance(value, hint):
-        raise TypeError
-    return value
-
-
-SECTIONS = {
-    "output_dir": "Output",
-    "train_data": "Data",
-    "model": "Model",
-    "objective": "Objective",
-    "seed": "Optimisation",
-}
-"""Headings of `--help`, each above the field it begins with."""
-
-
-def help_text() -> str:
-    """Every field with type, default and meaning, by section."""
-    lines = [__doc__.strip()]
-    for cls, prefix in ((PretrainConfig, ""), (AugmentationConfig, "augmentation."), (LoraConfig, "lora.")):
-        if prefix:
-            lines += ["", cls.__doc__.strip()]
-        for f in dataclasses.fields(cls):
-            if not prefix and f.name in SECTIONS:
-                lines += ["", f"{SECTIONS[f.name]}:"]
-            default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-            about = f"{f.metadata['help']} ({f.type}, default {default!r})"
-            lines.append(f"  --{prefix}{f.name}")
-            lines += textwrap.wrap(about, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
-    return "\n".join(lines)
+    Raises:
+        UserError: The recipe or a setting is wrong; the message names the field, the value and the way out.
+    """
+    print_help_and_exit(argv)
+    return read_settings(PretrainConfig, argv)

@@ -1,30 +1,36 @@
-"""AdamW with CLIP's parameter groups, and a learning rate that is a plain function of the step."""
+"""AdamW with CLIP's parameter groups, a learning rate that is a function of the step, and norms to log."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from training.config import PretrainConfig
+from training.config import OptimizationConfig
 
 
-def make_optimizer(model: nn.Module, arguments: PretrainConfig) -> torch.optim.AdamW:
-    """Matrices decay; biases, norms and the logit scale do not; the logit scale has a learning rate of its own."""
+def make_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.AdamW:
+    """Return AdamW over the trained parameters.
+
+    Weight decay applies to matrices only, not to biases, norms and the logit scale, which has its own learning rate.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     scale = [p for name, p in named if name.endswith("logit_scale")]
     others = [p for name, p in named if not name.endswith("logit_scale")]
     groups = [
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": arguments.weight_decay},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
-        {"params": scale, "weight_decay": 0.0, "lr": arguments.logit_scale_learning_rate},
+        {"params": scale, "weight_decay": 0.0, "lr": config.logit_scale_learning_rate},
     ]
     optimizer = torch.optim.AdamW(
         groups,
-        lr=arguments.learning_rate,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        eps=arguments.adam_epsilon,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
         fused=True,  # one kernel for all parameters, which can also skip a step without asking the host
     )
     for group in optimizer.param_groups:
@@ -33,7 +39,10 @@ def make_optimizer(model: nn.Module, arguments: PretrainConfig) -> torch.optim.A
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, total_steps: int, warmup_steps: int) -> float:
-    """Sets every group's rate for `step` (from 0): linear warm-up, then a cosine to 0. Returns the first group's."""
+    """Set the learning rate of every group for a step (from 0), and return that of the first group.
+
+    The schedule is a linear warmup, then a cosine decay to 0.
+    """
     if step < warmup_steps:
         factor = (step + 1) / warmup_steps
     else:
@@ -44,49 +53,106 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, total_steps:
 
 
 @torch.no_grad()
-def constrain_logit_scale_(logit_scale: Tensor, before: Tensor, slow_above: float | None, maximum: float) -> None:
-    """After a step: a third of the update above `slow_above` (the paper: tau <= 0.03), and never more than `maximum`.
+def constrain_logit_scale_(
+    log_scale: Tensor, previous: Tensor, slow_above: float | None, max_logit_scale: float
+) -> None:
+    """Limit the change of the logit scale in a step, in place, without reading it back to the host.
 
     Args:
-        logit_scale: the parameter (a logarithm), changed in place. before: its value before the step.
-        slow_above, maximum: logit scales, not logarithms. Nothing is read back to the host.
+        log_scale: the parameter, a logarithm.
+        previous: its value before the step.
+        slow_above: logit scale from which on only a third of the update is taken (the paper: tau <= 0.03).
+        max_logit_scale: upper bound of the logit scale.
     """
     if slow_above is not None:
-        slowed = before + (logit_scale - before) / 3
-        logit_scale.copy_(torch.where(before >= math.log(slow_above), slowed, logit_scale))
-    logit_scale.clamp_(max=math.log(maximum))
-
-
-def skip_if_not_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tensor:
-    """Makes the fused optimiser's next step do nothing if the norm is not finite; returns whether, [] of 0 or 1."""
-    found = (~grad_norm.isfinite()).float()
-    optimizer.found_inf = found
-    return found
-
-
-def norms_by_group(model: nn.Module, before: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """l2 norms {"gradient/vision": [], "parameter/vision": [], "update/vision": [], ...} of both encoders and the rest.
-
-    Args:
-        before: parameters before the step, for the norm of the update.
-    """
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"vision": [], "text": [], "other": []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            first = name.split(".")[0].removesuffix("_model")
-            groups[first if first in groups else "other"].append((name, parameter))
-    norms = {}
-    for group, named in groups.items():
-        if not named:
-            continue
-        if before is None:
-            norms[f"gradient/{group}"] = _norm([p.grad for _, p in named if p.grad is not None])
-        else:
-            norms[f"parameter/{group}"] = _norm([p for _, p in named])
-            norms[f"update/{group}"] = _norm([p - before[name] for name, p in named])
-    return norms
+        slowed = previous + (log_scale - previous) / 3
+        log_scale.copy_(torch.where(previous >= math.log(slow_above), slowed, log_scale))
+    log_scale.clamp_(max=math.log(max_logit_scale))
 
 
 @torch.no_grad()
-def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([tensor.float().norm() for tensor in tensors]).norm() if tensors else torch.zeros(())
+def step_if_finite(accelerator: Accelerator, optimizer: AcceleratedOptimizer, grad_norm: Tensor) -> Tensor:
+    """Take a step of a fused optimizer and clear the gradients; non-finite gradients change nothing.
+
+    Without a loss scaler, nothing is read back to the host.
+
+    Args:
+        accelerator: holds the loss scaler, if any.
+        optimizer: the prepared optimizer.
+        grad_norm: l2 norm [] of all gradients.
+
+    Returns:
+        1 if the step was skipped, else 0, as a tensor [].
+    """
+    if accelerator.scaler is None:
+        skipped = (~grad_norm.isfinite()).float()
+        optimizer.optimizer.found_inf = skipped  # read by the fused kernel
+        optimizer.step()
+    else:  # the scaler checks the gradients itself
+        optimizer.step()
+        skipped = torch.tensor(float(optimizer.step_was_skipped), device=accelerator.device)
+    optimizer.zero_grad()
+    return skipped
+
+
+def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
+    """Return the l2 norms [] of the gradients, as `gradient/vision`, `gradient/text` and `gradient/other`."""
+    groups = _group_parameters(model)
+    return {f"gradient/{name}": _norm(p.grad for p in group if p.grad is not None) for name, group in groups.items()}
+
+
+def parameter_norms(model: nn.Module) -> dict[str, Tensor]:
+    """Return the l2 norms [] of the trained parameters, as `parameter/vision` and so on."""
+    return {f"parameter/{name}": _norm(group) for name, group in _group_parameters(model).items()}
+
+
+def update_norms(model: nn.Module, optimizer: torch.optim.AdamW, skipped: Tensor) -> dict[str, Tensor]:
+    """Return the l2 norms [] of what AdamW's last step added to the parameters, as `update/vision` and so on.
+
+    Updates are computed again from the optimizer's state, one parameter at a time: keeping the previous parameters
+    would take a copy of the model.
+
+    Args:
+        model: the model.
+        optimizer: its optimizer, just after a step.
+        skipped: [], 1 if that step was skipped, else 0.
+    """
+    options = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    norms = {
+        name: _norm(_adamw_update(optimizer, options[id(p)], p) for p in group)
+        for name, group in _group_parameters(model).items()
+    }
+    # Not a product: before the first step that counts, the state gives NaN.
+    return {f"update/{name}": torch.where(skipped > 0, 0.0, norm) for name, norm in norms.items()}
+
+
+@torch.no_grad()
+def _adamw_update(optimizer: torch.optim.AdamW, group: dict, parameter: Tensor) -> Tensor:
+    """Return the change of a parameter in AdamW's last step."""
+    state = optimizer.state.get(parameter)
+    if not state:  # the only step so far was skipped
+        return torch.zeros_like(parameter)
+    beta1, beta2 = group["betas"]
+    step = state["step"].to(parameter.device)
+    denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+    direction = (state["exp_avg"] / denominator).mul_(group["lr"] / (1 - beta1**step))
+    decay = group["lr"] * group["weight_decay"]
+    # new = (1 - decay) old - direction, so new - old = -(decay new + direction) / (1 - decay).
+    return direction.add_(parameter, alpha=decay).div_(decay - 1)
+
+
+def _group_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the trained parameters of the image encoder, of the text encoder and of the rest."""
+    groups: dict[str, list[nn.Parameter]] = {"vision": [], "text": [], "other": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            first = name.split(".")[0].removesuffix("_model")
+            groups[first if first in groups else "other"].append(parameter)
+    return {name: group for name, group in groups.items() if group}
+
+
+@torch.no_grad()
+def _norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the l2 norm [] of all tensors together, read one after the other."""
+    norms = [tensor.float().norm() for tensor in tensors]
+    return torch.stack(norms).norm() if norms else torch.zeros(())

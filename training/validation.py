@@ -1,57 +1,165 @@
-"""A slice of the pairs that training never sees, and how well they are told apart: cheap, to be looked at often."""
+"""Evaluation in training: the contrastive loss of held-out pairs, and tasks of eval/run.py."""
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 from torch.utils.data import DataLoader
+from transformers import ProcessorMixin
 
+from eval.data import find_data
+from eval.report import Evaluation, TaskResult, print_table, read_evaluations
+from eval.runner import ProcessShard, evaluate_task
+from eval.tasks import ROOT, Task
+from modeling_amorlip import AmorLIPConfig, AmorLIPModel
 from training.config import AugmentationConfig, PretrainConfig
 from training.data.collate import Collator
 from training.data.dataset import PairDataset
 from training.data.mixture import Mixture
+from training.model.encoder import EncoderWithObjective, PairEmbeddings, PairEncoder
 from training.objectives.clip import CLIPObjective
+from training.run.run_logger import RunLogger
 
 
-PLAIN = AugmentationConfig(crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0])
+NO_AUGMENTATION = AugmentationConfig(crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0])
 
 
 def held_out(number_of_pairs: int, validation_samples: int) -> np.ndarray:
-    """Indices of the pairs that are left out, the same whatever the seed: int array, in order."""
+    """Return the sorted indices of the pairs that are held out, which are the same for every seed."""
     return np.sort(np.random.default_rng(0).choice(number_of_pairs, validation_samples, replace=False))
 
 
-@torch.no_grad()
-def validation_loss(
-    accelerator: Accelerator,
-    encoder: nn.Module,
-    pairs: Mixture,
-    arguments: PretrainConfig,
-    image_size: int,
-    collator: Collator,
-) -> float:
-    """InfoNCE over all held-out pairs, whatever the objective, without augmentation; every process takes all."""
-    plain = dataclasses.replace(arguments, augmentation=PLAIN, keywords_column=None, alternative_captions_column=None)
-    keys = [(0, int(index)) for index in held_out(len(pairs), arguments.validation_samples)]
-    loader = DataLoader(
-        PairDataset(pairs, plain, image_size, replacements=[index for _, index in keys]),
-        arguments.per_device_train_batch_size,
-        sampler=keys,
-        collate_fn=collator,
-        generator=torch.Generator(),
+def make_validation_loader(pairs: Mixture, config: PretrainConfig, image_size: int, collator: Collator) -> DataLoader:
+    """Return a loader of the held-out pairs, without augmentation and without mixing captions and keywords."""
+    plain = dataclasses.replace(
+        config, augmentation=NO_AUGMENTATION, keywords_column=None, alternative_captions_column=None
     )
+    indices = held_out(len(pairs), config.validation_samples)
+    return DataLoader(
+        PairDataset(pairs, plain, image_size, replacements=indices),
+        config.per_device_train_batch_size,
+        sampler=[(0, int(index)) for index in indices],
+        collate_fn=collator,
+        generator=torch.Generator(),  # otherwise iterating draws from the global generator
+    )
+
+
+@torch.no_grad()
+def validation_loss(accelerator: Accelerator, encoder: PairEncoder, loader: DataLoader) -> float:
+    """Return CLIP's loss over all held-out pairs, whatever the objective of training; every process reads all pairs.
+
+    Args:
+        accelerator: provides device and mixed precision.
+        encoder: the encoder itself. Encoding through DDP could deadlock where processes have different batches.
+        loader: see `make_validation_loader`.
+    """
+    model_config = cast(AmorLIPConfig, encoder.model.config)
+    module = EncoderWithObjective(encoder, CLIPObjective(model_config, None, negatives="local"))
     encoder.eval()
-    encoded = []
-    for batch in loader:
-        inputs = {name: batch[name].to(accelerator.device) for name in ("pixel_values", "input_ids", "attention_mask")}
-        with accelerator.autocast():
-            encoded.append(encoder(**inputs))
-    images, texts = (torch.cat([part[k] for part in encoded]) for k in (0, 1))
-    scale, bias = encoded[0][2:]
-    loss = CLIPObjective(None, None, negatives="local")(images, texts, scale, bias).loss
+    names = ("pixel_values", "input_ids", "attention_mask")
+    with accelerator.autocast():
+        batches = [encoder(*(batch[name].to(accelerator.device) for name in names)) for batch in loader]
+    embeddings = PairEmbeddings(
+        torch.cat([batch.image_embeds for batch in batches]),
+        torch.cat([batch.text_embeds for batch in batches]),
+        batches[0].logit_scale,
+        batches[0].logit_bias,
+    )
+    loss = module.compute_objective(embeddings).loss
     encoder.train()
     return loss.item()
+
+
+def task_data_dir(config: PretrainConfig) -> Path:
+    """Return the folder with the data of evaluation tasks."""
+    return Path(config.eval_data_dir) if config.eval_data_dir else ROOT
+
+
+def check_task_data(tasks: list[Task], data_dir: Path) -> None:
+    """Find the data of all tasks, so that missing data is reported before training.
+
+    Raises:
+        UserError: the data of a task is missing or incomplete.
+    """
+    for task in tasks:
+        find_data(task, data_dir)
+
+
+@dataclass
+class Evaluator:
+    """Evaluate a model while it is trained.
+
+    Args:
+        config: settings of the run.
+        accelerator: processes, devices and precision.
+        logger: logs of the run; `eval` holds the evaluations.
+        model: the model.
+        processor: its processor.
+        encoder: the model as training sees it.
+        tasks: evaluation tasks; the main metric of the first one decides which model is the best.
+        validation_loader: the held-out pairs; None without any.
+    """
+
+    config: PretrainConfig
+    accelerator: Accelerator
+    logger: RunLogger
+    model: AmorLIPModel
+    processor: ProcessorMixin
+    encoder: PairEncoder
+    tasks: list[Task]
+    validation_loader: DataLoader | None
+
+    def evaluate(self, step: int, sheet_folder: Path | None = None) -> Evaluation:
+        """Compute the validation loss and evaluate the tasks, with the tasks' samples shared over all processes.
+
+        Args:
+            step: steps that the model has been trained for.
+            sheet_folder: where to draw a contact sheet per task; None draws none.
+        """
+        evaluation = Evaluation(step, results=[])
+        if self.validation_loader is not None:
+            evaluation.validation_loss = validation_loss(self.accelerator, self.encoder, self.validation_loader)
+        evaluation.results = [self._evaluate_task(task, sheet_folder) for task in self.tasks]
+        return evaluation
+
+    def _evaluate_task(self, task: Task, sheet_folder: Path | None) -> TaskResult:
+        return evaluate_task(
+            self.model,
+            self.processor,
+            task,
+            task_data_dir(self.config),
+            share=ProcessShard(self.accelerator.process_index, self.accelerator.num_processes),
+            sheet=sheet_folder / f"{task.name}.png" if sheet_folder else None,
+            resamples=0,
+        )
+
+    def is_best(self, evaluation: Evaluation) -> bool:
+        """Return whether a run with `eval_every` has not reported so high a main metric before."""
+        if not self.config.eval_every or not evaluation.results:
+            return False
+        earlier = [line.results[0].value for line in self._reported() if line.results]
+        return all(evaluation.results[0].value > value for value in earlier)
+
+    def report(self, evaluation: Evaluation) -> None:
+        """Print an evaluation and add it to the log, if there was something to evaluate."""
+        line: dict[str, Any] = {"step": evaluation.step}
+        if evaluation.validation_loss is not None:
+            print(f"validation loss {evaluation.validation_loss:.4f} at step {evaluation.step}")
+            line["validation_loss"] = evaluation.validation_loss
+        if evaluation.results or len(line) > 1:
+            print_table(evaluation.results)
+            self.logger.append("eval", line | {"results": [result.to_dict() for result in evaluation.results]})
+
+    def has_reported(self, step: int) -> bool:
+        """Return whether the log holds an evaluation of a step."""
+        return any(line.step == step for line in self._reported())
+
+    def _reported(self) -> list[Evaluation]:
+        path = self.logger.folder / "eval.jsonl"
+        return read_evaluations(path) if path.exists() else []

@@ -1,8 +1,8 @@
-"""Builds the demo's data: emoji in three drawing styles to train on, and a fourth to test on.
+"""Build the demo's data: emoji in three drawing styles for training, and in a fourth for testing.
 
     python demo_data/emoji/build_emoji.py
 
-Needs `npm` (to fetch the packages below) and `resvg-py` (to draw SVG). The same packages give the same files.
+The script needs `npm` to download the packages below and `resvg-py` to draw SVG. The same packages give the same files.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import datasets
 import resvg_py
 from PIL import Image
 
 
-STYLES = {  # style: (package, licence of the drawings)
+STYLES = {  # style: (package, license of the drawings)
     "noto": ("@iconify-json/noto@1.2.9", "Apache-2.0"),
     "twemoji": ("@iconify-json/twemoji@1.2.5", "CC-BY-4.0"),
     "fluent-emoji-flat": ("@iconify-json/fluent-emoji-flat@1.2.6", "MIT"),
@@ -31,7 +32,7 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def fetch(package: str, folder: Path) -> Path:
-    """Downloads an npm package and returns the folder of its files."""
+    """Download an npm package and return the folder of its files."""
     packed = subprocess.run(
         ["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True
     ).stdout.strip()
@@ -41,17 +42,18 @@ def fetch(package: str, folder: Path) -> Path:
     return target / "package"
 
 
-def read_json(path: Path):
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def concept_of(emoji: str) -> str:
-    """Code points in hexadecimal, without variation selectors."""
+    """Return the code points in hexadecimal, without variation selectors."""
     return "-".join(f"{ord(character):x}" for character in emoji if character != "\ufe0f")
 
 
-def draw(icons: dict, name: str, crop: bool) -> bytes:
-    """An icon as a palette PNG of SIZE x SIZE pixels on white; `crop` cuts it to what is drawn, and centres that."""
+def draw(icons: dict[str, Any], name: str, crop: bool) -> bytes:
+    """Return an icon as a palette PNG of SIZE x SIZE pixels on white; `crop` crops to the drawing and centers it."""
     icon = icons["icons"][icons.get("aliases", {}).get(name, {}).get("parent", name)]
     box = {
         key: icon.get(key, icons.get(key, default)) for key, default in dict(left=0, top=0, width=16, height=16).items()
@@ -70,8 +72,8 @@ def draw(icons: dict, name: str, crop: bool) -> bytes:
     return file.getvalue()
 
 
-def describe(folder: Path) -> dict[str, dict]:
-    """concept -> caption, captions, tags, category; skin tones have no entry of their own."""
+def describe(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return caption, captions, tags and category by concept; skin tones have no entry of their own."""
     names = read_json(fetch(NAMES, folder) / "data-by-emoji.json")
     keywords = read_json(fetch(KEYWORDS, folder) / "dist/emoji-en-US.json")
     labels = {concept_of(entry["emoji"]): entry for entry in read_json(fetch(LABELS, folder) / "en/data.json")}
@@ -89,41 +91,50 @@ def describe(folder: Path) -> dict[str, dict]:
     return concepts
 
 
-def icons_of(package: str, folder: Path, concepts: dict) -> tuple[dict, dict[str, str]]:
-    """A package's icons, and concept -> icon name for the concepts that it draws."""
+def icons_of(package: str, folder: Path, concepts: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the icons of a package, and the icon names of the concepts that it draws, by concept."""
     files = fetch(package, folder)
     characters = read_json(files / "chars.json")
-    # Icon sets differ in whether they write the variation selector: compare without it.
-    found = {"-".join(c for c in code.split("-") if c != "fe0f"): name for code, name in characters.items()}
-    return read_json(files / "icons.json"), {concept: found[concept] for concept in concepts if concept in found}
+    # Icon sets differ in whether they write the variation selector, so names are compared without it.
+    names = {"-".join(c for c in code.split("-") if c != "fe0f"): name for code, name in characters.items()}
+    return read_json(files / "icons.json"), {concept: names[concept] for concept in concepts if concept in names}
+
+
+def build_train(folder: Path, concepts: dict[str, dict[str, Any]]) -> None:
+    """Write the training set."""
+    rows = []
+    for style, (package, license) in STYLES.items():
+        icons, names = icons_of(package, folder, concepts)
+        for concept, name in names.items():
+            image = {"bytes": draw(icons, name, crop=True), "path": None}
+            rows.append({"image": image, **concepts[concept], "style": style, "concept": concept, "license": license})
+    rows.sort(key=lambda row: (row["concept"], row["style"]))
+    save(rows, datasets.Features(TRAIN_FEATURES), "train.parquet")
+
+
+def build_held_out(folder: Path, concepts: dict[str, dict[str, Any]]) -> None:
+    """Write the test set with its class names and templates."""
+    icons, names = icons_of(HELD_OUT, folder, concepts)
+    held_out = {concepts[c]["caption"]: name for c, name in names.items() if concepts[c]["category"] != "Flags"}
+    classes = sorted(held_out)
+    # Test images stay on their page as published, since images that a model meets later are not cropped either.
+    rows = [
+        {"image": {"bytes": draw(icons, held_out[c], crop=False), "path": None}, "label": i}
+        for i, c in enumerate(classes)
+    ]
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)}
+    save(rows, datasets.Features(features), "openmoji.parquet")
+    text = {"classes": classes, "templates": ["{}", "an emoji of {}"]}
+    (FOLDER / "openmoji.json").write_text(json.dumps(text, ensure_ascii=False, indent=0), encoding="utf-8")
 
 
 def build() -> None:
+    """Write both sets beside this script."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         concepts = describe(folder)
-        rows = []
-        for style, (package, license) in STYLES.items():
-            icons, found = icons_of(package, folder, concepts)
-            for concept, name in found.items():
-                image = {"bytes": draw(icons, name, crop=True), "path": None}
-                row = {"image": image, **concepts[concept], "style": style, "concept": concept, "license": license}
-                rows.append(row)
-        rows.sort(key=lambda row: (row["concept"], row["style"]))
-        save(rows, datasets.Features(TRAIN_FEATURES), "train.parquet")
-
-        icons, found = icons_of(HELD_OUT, folder, concepts)
-        held_out = {concepts[c]["caption"]: name for c, name in found.items() if concepts[c]["category"] != "Flags"}
-        classes = sorted(held_out)
-        # Left on its page as published: nobody crops the pictures that a model meets later.
-        rows = [
-            {"image": {"bytes": draw(icons, held_out[c], crop=False), "path": None}, "label": i}
-            for i, c in enumerate(classes)
-        ]
-        features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)}
-        save(rows, datasets.Features(features), "openmoji.parquet")
-        text = {"classes": classes, "templates": ["{}", "an emoji of {}"]}
-        (FOLDER / "openmoji.json").write_text(json.dumps(text, ensure_ascii=False, indent=0), encoding="utf-8")
+        build_train(folder, concepts)
+        build_held_out(folder, concepts)
 
 
 TRAIN_FEATURES = {
@@ -138,7 +149,8 @@ TRAIN_FEATURES = {
 }
 
 
-def save(rows: list[dict], features: datasets.Features, name: str) -> None:
+def save(rows: list[dict[str, Any]], features: datasets.Features, name: str) -> None:
+    """Write a parquet file beside this script and print its size."""
     datasets.Dataset.from_list(rows, features=features).to_parquet(FOLDER / name)
     print(f"{name}: {len(rows)} rows, {(FOLDER / name).stat().st_size / 1e6:.1f} MB")
 

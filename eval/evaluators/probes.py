@@ -1,64 +1,68 @@
-"""How much a simple classifier gets out of frozen image embeddings: k nearest neighbours and a linear probe."""
+"""Simple classifiers on frozen image embeddings: k nearest neighbors and a linear probe."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
-NEIGHBOURS, TEMPERATURE = 20, 0.07
-STRENGTHS = [10.0**k for k in range(-6, 3)]
+NUM_NEIGHBORS, TEMPERATURE = 20, 0.07
+L2_STRENGTHS = [10.0**k for k in range(-6, 3)]
 
 
 def knn(train: Tensor, train_labels: Tensor, test: Tensor, tile_size: int = 1024) -> Tensor:
-    """Labels by a vote of the nearest training images, weighted by exp(cosine / temperature) (Wu et al. 2018).
+    """Return labels [N] by a vote of the nearest training images, weighted by exp(cosine / temperature).
+
+    From Wu et al. 2018, Section 3.4. One tile of similarities is held at a time.
 
     Args:
-        train: [M, d] and test: [N, d], unit norm. train_labels: [M], from 0.
-
-    Returns:
-        [N]; one tile of similarities at a time.
+        train: [M, d], unit norm.
+        train_labels: [M], counted from 0.
+        test: [N, d], unit norm.
     """
-    classes, found = int(train_labels.max()) + 1, []
+    num_classes, predictions = int(train_labels.max()) + 1, []
     for tile in test.split(tile_size):
-        nearest = (tile @ train.T).topk(min(NEIGHBOURS, len(train)))
-        votes = torch.zeros(len(tile), classes)
+        nearest = (tile @ train.T).topk(min(NUM_NEIGHBORS, len(train)))
+        votes = torch.zeros(len(tile), num_classes)
         votes.scatter_add_(1, train_labels[nearest.indices], (nearest.values / TEMPERATURE).exp())
-        found.append(votes.argmax(1))
-    return torch.cat(found)
+        predictions.append(votes.argmax(1))
+    return torch.cat(predictions)
 
 
 def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
-    """Labels by multinomial logistic regression with an l2 penalty, whose strength is chosen on a fifth of `train`.
+    """Return labels [N] by multinomial logistic regression with an l2 penalty (Radford et al. 2021, Section 3.2).
 
-    Arguments and result as in `knn` (Radford et al. 2021, Section 3.2).
+    A fifth of `train` decides the strength of the penalty. Arguments are those of `knn`.
     """
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    held, kept = order[: max(1, len(train) // 5)], order[max(1, len(train) // 5) :]
+    number = max(1, len(train) // 5)
+    held_out, rest = order[:number], order[number:]
 
     def accuracy(strength: float) -> float:
-        predict = _fit(train[kept], train_labels[kept], strength)
-        return (predict(train[held]) == train_labels[held]).double().mean().item()
+        predict = _fit(train[rest], train_labels[rest], strength)
+        return (predict(train[held_out]) == train_labels[held_out]).double().mean().item()
 
-    return _fit(train, train_labels, max(STRENGTHS, key=accuracy))(test)
+    return _fit(train, train_labels, max(L2_STRENGTHS, key=accuracy))(test)
 
 
-def _fit(embeds: Tensor, labels: Tensor, strength: float):
-    """Logistic regression by L-BFGS; returns its prediction, [N, d] -> [N]."""
-    classes = int(labels.max()) + 1
-    weight = torch.zeros(classes, embeds.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
+def _fit(embeds: Tensor, labels: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
+    """Fit a logistic regression by L-BFGS and return its prediction, [N, d] -> [N]."""
+    num_classes = int(labels.max()) + 1
+    weight = torch.zeros(num_classes, embeds.shape[1], requires_grad=True)
+    bias = torch.zeros(num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
-    def loss() -> Tensor:
+    def closure() -> Tensor:
         optimizer.zero_grad()
-        value = torch.nn.functional.cross_entropy(embeds @ weight.T + bias, labels)
-        value = value + strength / 2 * weight.square().sum()
-        value.backward()
-        return value
+        loss = torch.nn.functional.cross_entropy(embeds @ weight.T + bias, labels)
+        loss = loss + strength / 2 * weight.square().sum()
+        loss.backward()
+        return loss
 
-    optimizer.step(loss)
+    optimizer.step(closure)
     return lambda test: (test @ weight.T + bias).argmax(1)
 
 
-PROBES = {"knn": knn, "linear": linear_probe}
+PROBES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"knn": knn, "linear": linear_probe}

@@ -1,9 +1,16 @@
-"""Image-text retrieval, exact, with any number of captions an image; and WinoGAViL's choice of images for a cue."""
+"""Exact image-text retrieval, with any number of captions per image."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from eval.data import TaskData
+from eval.encoding import Encoder, encode_samples
+from eval.evaluators.scored import Metrics, Scored
+from eval.scoring import log_partition_corrections
+from modeling_amorlip.cli_amorlip import UserError
 
 
 KS = (1, 5, 10)
@@ -14,28 +21,31 @@ def recall_hits(
     gallery: Tensor,
     query_groups: Tensor,
     gallery_groups: Tensor,
-    penalty: Tensor | None = None,
+    correction: Tensor | None = None,
     tile_size: int = 1024,
 ) -> Tensor:
-    """Whether any gallery item of a query's group is among its best k: bool [Q, len(KS)]; one tile of scores at a time.
+    """Return whether any gallery item of a query's group is among its best k: bool [Q, len(KS)].
 
     Args:
-        queries: [Q, d], gallery: [G, d], unit norm. query_groups: [Q], gallery_groups: [G]; equal values match.
-        penalty: [G], taken off every query's cosine similarities with the gallery.
-        tile_size: queries scored at a time.
+        queries: [Q, d], unit norm.
+        gallery: [G, d], unit norm.
+        query_groups: [Q]; a query matches the gallery items with its value.
+        gallery_groups: [G].
+        correction: [G], subtracted from every query's cosine similarities with the gallery.
+        tile_size: Queries scored at a time.
     """
     deepest = min(max(KS), len(gallery))
-    found = []
+    matches = []
     for tile, groups in zip(queries.split(tile_size), query_groups.split(tile_size), strict=True):
         scores = tile @ gallery.T
-        best = (scores if penalty is None else scores - penalty).topk(deepest).indices
-        found.append(gallery_groups[best] == groups[:, None])
-    hits = torch.cat(found)
+        best = (scores if correction is None else scores - correction).topk(deepest).indices
+        matches.append(gallery_groups[best] == groups[:, None])
+    hits = torch.cat(matches)
     return torch.stack([hits[:, :k].any(1) for k in KS], dim=1)
 
 
 def retrieval_metrics(to_text: Tensor, to_image: Tensor) -> dict[str, float]:
-    """Recalls of both directions from `recall_hits`, named as CLIP_benchmark does.
+    """Return the recalls of both directions from `recall_hits`, named as in CLIP_benchmark.
 
     `text_retrieval_recall@k` has images as queries, `image_retrieval_recall@k` captions; `mean_recall@1` is their mean.
     """
@@ -48,12 +58,38 @@ def retrieval_metrics(to_text: Tensor, to_image: Tensor) -> dict[str, float]:
     return metrics
 
 
-def winogavil_prompt(cue: str) -> str:
-    """ "A cue" or "An cue", as WinoGAViL's evaluation in DataComp words it."""
-    cue = cue.lower()
-    return f"{'An' if cue[0] in 'aeiou' else 'A'} {cue}"
+def evaluate_retrieval(encoder: Encoder, data: TaskData, scorings: tuple[str, ...]) -> Scored:
+    """Score a retrieval task's images and captions against each other.
+
+    Raises:
+        UserError: The data has no captions.
+    """
+    samples = encode_samples(encoder, data)
+    with encoder.shard.agreement():
+        images, texts = samples.image_embeds, samples.text_embeds
+        if not len(texts):
+            raise UserError(f"Task {data.task.name}: none of its {len(samples)} images has a caption.")
+        image_groups = torch.arange(len(samples))
+        text_groups = image_groups.repeat_interleave(samples.text_counts)
+        of_texts = log_partition_corrections(encoder.model, scorings, images, texts, "text")
+        of_images = log_partition_corrections(encoder.model, scorings, texts, images, "image")
+        metrics = {
+            scoring: _make_metrics(
+                recall_hits(images, texts, image_groups, text_groups, of_texts[scoring]),
+                recall_hits(texts, images, text_groups, image_groups, of_images[scoring]),
+                text_groups,
+            )
+            for scoring in of_texts
+        }
+    return Scored(len(samples), metrics, unreadable=samples.unreadable)
 
 
-def choose(image_embeds: Tensor, text_embed: Tensor, number: int) -> list[int]:
-    """The `number` images that are nearest to a text: [I, d], [d] -> indices."""
-    return (image_embeds @ text_embed).topk(number).indices.tolist()
+def _make_metrics(to_text: Tensor, to_image: Tensor, text_groups: Tensor) -> Metrics:
+    """Return metrics over chosen images and their captions."""
+
+    def metrics(rows: np.ndarray) -> dict[str, float]:
+        counts = torch.from_numpy(np.bincount(rows, minlength=len(to_text)))
+        captions = to_image.repeat_interleave(counts[text_groups], dim=0)
+        return retrieval_metrics(to_text[torch.from_numpy(rows)], captions)
+
+    return metrics

@@ -1,53 +1,74 @@
-"""Publishing through the real client to a Hub of our own, and what a stranger then gets."""
+"""Publishing through the real client to a Hub of the tests' own, and what others get from there."""
 
 import json
 import re
 import subprocess
 import sys
 
-import datasets
 import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from transformers import AutoModel, AutoProcessor
 
+import eval.publish
 import modeling_amorlip  # noqa: F401
-from eval.publish import read_results
-from tests.helpers.checkout import ROOT, pretrain, run
-from tests.helpers.hub_server import Hub, environment
-from tests.helpers.shards import PLAIN, write_shards
-from tests.helpers.tasks import write_classification
+from eval.models import hash_files, weight_files
+from eval.publish import publish
+from eval.report import Metric, ModelRecord, Report, TaskResult
+from modeling_amorlip.cli_amorlip import UserError
+from tests.helpers.hub_server import Hub, connect, environment
+from tests.helpers.models import make_model, save_model
+from tests.helpers.tasks import run_main
 
 
 REPO = "user/tiny"
+SECRET = "/home/someone/secret"
 
 
 @pytest.fixture
-def hub():
+def hub(monkeypatch, tmp_path):
     hub = Hub()
+    connect(monkeypatch, hub, tmp_path)
     yield hub
     hub.close()
 
 
-@pytest.fixture(scope="module")
-def trained(recipe_factory, tmp_path_factory):
-    """A tiny model, with the results of a real evaluation on a small task."""
-    folder = tmp_path_factory.mktemp("trained")
-    assert pretrain(recipe_factory(folder, max_steps=3, warmup_steps=1)).returncode == 0
-    task = folder / "task.yaml"
-    data = "data: demo_data/emoji/openmoji.parquet, texts: demo_data/emoji/openmoji.json"
-    task.write_text(f"user/emoji: {{title: Emoji, {data}, size: 1630}}")
-    results = folder / "results.json"
-    command = ["eval/run.py", "--model", folder / "run", "--tasks", task, "--output", results, "--bootstrap", "20"]
-    assert run(*command).returncode == 0
-    return folder / "run", results
+@pytest.fixture
+def run_folder(tmp_path):
+    """A finished run's folder, with files that must not be published, and paths in those that are."""
+    folder = save_model(tmp_path / "run")
+    settings = {"objective": "amorlip", "train_data": f"{SECRET}/pairs.tar", "output_dir": SECRET, "seed": 0}
+    (folder / "run_config.yaml").write_text(yaml.safe_dump({**settings, "learning_rate": 0.001}))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (folder / "eval.jsonl").write_text(json.dumps({"step": 1, "results": [make_result().to_dict()]}) + "\n")
+    (folder / "training_curves.png").write_bytes(b"png")
+    for name in ("not_finite_0.safetensors", "bad_samples.jsonl", "loss_spikes.jsonl", "notes.txt", "emoji.png"):
+        (folder / name).write_bytes(SECRET.encode())
+    (folder / "checkpoints/step_1").mkdir(parents=True)
+    (folder / "checkpoints/step_1/model.safetensors").write_bytes(b"0")
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "name_or_path": f"{SECRET}/tokenizer"}))
+    (folder / "spiece.model").write_bytes(b"sentencepiece")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
 
 
-def publish(hub, trained, tmp_path, *options, repo=REPO, **settings):
-    command = [sys.executable, "eval/publish.py", trained[0], "--repo_id", repo, "--results", trained[1], *options]
-    env = environment(hub, tmp_path, **settings)
-    return subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+def make_result(hub_dataset=None):
+    scores = {"cosine": {"acc1": Metric(0.25, [0.2, 0.3])}, "gallery": {"acc1": Metric(0.5)}}
+    return TaskResult(
+        *("emoji", "Emoji", f"{SECRET}/emoji.parquet", "test", "complete", "acc1", 4, 4),
+        reason=f"4 cannot be read, the first is {SECRET}/a.png (cut off)",
+        hub_dataset=hub_dataset,
+        scores=scores,
+    )
+
+
+def write_results(folder, path, hub_dataset=None):
+    model = ModelRecord(str(folder), "abc", 12, hash_files(weight_files(folder)), "p", "t")
+    Report(model, ["cosine", "gallery"], tasks={"emoji": make_result(hub_dataset)}).write(path)
+    return path
 
 
 GUARD = """
@@ -60,42 +81,23 @@ sys.meta_path.insert(0, Absent())
 """
 
 
-def stranger(hub, tmp_path, code):
-    """Runs code in a fresh process with an empty cache where our packages cannot be imported."""
+def run_elsewhere(hub, tmp_path, code):
+    """Run code in a fresh process with an empty cache where our packages cannot be imported."""
     home = tmp_path / "stranger"
     home.mkdir(exist_ok=True)
     (home / "script.py").write_text(GUARD + code)
     env = environment(hub, home, token="hf_other")
-    return subprocess.run([sys.executable, "script.py"], cwd=home, env=env, capture_output=True, text=True, timeout=180)
+    return subprocess.run([sys.executable, "script.py"], cwd=home, env=env, capture_output=True, text=True, timeout=300)
 
 
-def test_a_stranger_can_use_what_was_published(hub, trained, tmp_path, demo_rows):
-    result = publish(hub, trained, tmp_path)
-    assert result.returncode == 0, result.stderr
-    commit, files = hub.repositories[REPO].at("main")
-    assert result.stdout.strip().endswith(commit)
-    promised = {
-        "README.md",
-        "LICENSE",
-        "config.json",
-        "model.safetensors",
-        "modeling_amorlip.py",
-        "kernels_amorlip.py",
-        "tokenizer.json",
-        "run_config.yaml",
-        "metrics.jsonl",
-        "results.json",
-        "training_curves.png",
-    }
-    assert promised <= set(files) and not any("checkpoints" in name or name.startswith(".lock") for name in files)
-    assert str(trained[0].parent).encode() not in files["README.md"] + files["run_config.yaml"]
-    metadata = yaml.safe_load(files["README.md"].decode().split("---")[1])
-    report = json.loads(trained[1].read_text())["tasks"]["user/emoji"]
-    (indexed,) = metadata["model-index"][0]["results"]
-    assert indexed["metrics"][0]["value"] == round(100 * report["metrics"]["acc1"]["value"], 2)
-
+@pytest.mark.e2e
+def test_publish_loads_without_package(hub, tmp_path, demo_rows):
+    folder = save_model(tmp_path / "run")
+    publish(folder, REPO)
     demo_rows[0]["image"].convert("RGB").save(tmp_path / "picture.png")
-    result = stranger(
+    card = hub.repositories[REPO].at("main")[1]["README.md"].decode()
+    snippet = re.search(r"```python\n(.*?)```", card, re.S).group(1)
+    result = run_elsewhere(
         hub,
         tmp_path,
         f"""
@@ -111,13 +113,14 @@ with torch.inference_mode():
 numpy.savez("embeds.npz", image=outputs.image_embeds, text=outputs.text_embeds)
 classify = pipeline("zero-shot-image-classification", model="{REPO}", trust_remote_code=True)
 print(classify(image, candidate_labels=["heart", "dog"], hypothesis_template="{{}}"))
+{snippet}
 """,
     )
     assert result.returncode == 0, result.stderr
-    assert "'score'" in result.stdout
+    assert "'score'" in result.stdout and result.stdout.count("tensor") == 2
     from PIL import Image
 
-    model, processor = AutoModel.from_pretrained(trained[0]).eval(), AutoProcessor.from_pretrained(trained[0])
+    model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     inputs = processor(
         images=Image.open(tmp_path / "picture.png"), text=["a heart", "a dog"], padding=True, return_tensors="pt"
     )
@@ -127,116 +130,139 @@ print(classify(image, candidate_labels=["heart", "dog"], hypothesis_template="{{
     np.testing.assert_array_equal(theirs["image"], outputs.image_embeds)
     np.testing.assert_array_equal(theirs["text"], outputs.text_embeds)
 
-    snippet = re.search(r"```python\n(.*?)```", files["README.md"].decode(), re.S).group(1)
-    result = stranger(hub, tmp_path, snippet)
-    assert result.returncode == 0 and result.stdout.count("tensor") == 2, result.stderr
+
+def test_publishes_what_loading_needs_and_nothing_else(hub, run_folder, tmp_path):
+    results = write_results(run_folder, tmp_path / "results.json")
+    url = publish(run_folder, REPO, results)
+    commit, files = hub.repositories[REPO].at("main")
+    assert url.endswith(commit)
+    code = {path.name for path in run_folder.glob("*_amorlip.py")}
+    assert (
+        set(files)
+        == code
+        | {
+            *("README.md", "LICENSE", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+            *("processor_config.json", "spiece.model", "chat_template.jinja", "run_config.yaml", "metrics.jsonl"),
+            *("eval.jsonl", "results.json", "training_curves.png"),
+        }
+        and len(code) > 2
+    )
+    for name, content in files.items():
+        assert SECRET.encode() not in content and str(tmp_path).encode() not in content, name
+    config = yaml.safe_load(files["run_config.yaml"])
+    assert (config["train_data"], config["output_dir"], config["learning_rate"]) == ("pairs.tar", "secret", 0.001)
+    reason = json.loads(files["results.json"])["tasks"]["emoji"]["reason"]
+    assert reason == "4 cannot be read, the first is a.png (cut off)"
+    assert files["model.safetensors"] == (run_folder / "model.safetensors").read_bytes()
 
 
-def test_a_second_push_changes_nothing(hub, trained, tmp_path):
+def test_card_has_results_parameters_and_authors(hub, run_folder, tmp_path):
+    publish(run_folder, REPO, write_results(run_folder, tmp_path / "results.json"))
+    card = hub.repositories[REPO].at("main")[1]["README.md"].decode()
+    assert "| Emoji | acc1 | cosine (inductive) | 25.00 | 20.00 – 30.00 | 4 |" in card
+    assert "| Emoji | acc1 | gallery (transductive) | 50.00 |  | 4 |" in card
+    parameters = sum(p.numel() for p in make_model()[0].parameters())
+    assert f"has {parameters / 1e6:.1f} million parameters" in card
+    assert "Sun, Haotian and Li, Yitong and Zhuang, Yuchen and He, Niao and Dai, Hanjun and Dai, Bo" in card
+    (indexed,) = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]
+    assert indexed["metrics"][0]["value"] == 25.0 and indexed["dataset"]["type"] == "local"
+    assert ".eval_results/amorlip.yaml" not in hub.repositories[REPO].at("main")[1]
+
+
+def test_results_on_hub_data_are_evaluation_entries(hub, run_folder, tmp_path):
+    publish(run_folder, REPO, write_results(run_folder, tmp_path / "results.json", "user/emoji"))
+    files = hub.repositories[REPO].at("main")[1]
+    (entry,) = yaml.safe_load(files[".eval_results/amorlip.yaml"])
+    assert (entry["dataset"]["id"], entry["value"]) == ("user/emoji", 25.0)
+
+
+def test_second_push_changes_nothing(hub, run_folder):
     for _ in range(2):
-        assert publish(hub, trained, tmp_path).returncode == 0
+        publish(run_folder, REPO)
     assert len(hub.repositories[REPO].commits) == 2  # the initial one and ours
 
 
-def test_private_branches_and_pull_requests(hub, trained, tmp_path):
-    assert publish(hub, trained, tmp_path, "--private", "--revision", "draft").returncode == 0
+def test_card_that_was_edited_on_the_hub_keeps_its_sections(hub, run_folder, tmp_path):
+    publish(run_folder, REPO)
+    repository = hub.repositories[REPO]
+    files = dict(repository.at("main")[1])
+    card = files["README.md"].decode()
+    card = card.replace("license: apache-2.0", "license: mit\nlanguage: de").replace("- clip\n", "- clip\n- mine\n")
+    card = card.replace("## Limits\n", "## Thanks\n\nTo everyone.\n\n## Limits\n\nOnly emoji.\n")
+    files["README.md"] = card.encode()
+    repository.branches["main"] = repository.add(files, "edited")
+    publish(run_folder, REPO, write_results(run_folder, tmp_path / "results.json"))
+    merged = repository.at("main")[1]["README.md"].decode()
+    metadata = yaml.safe_load(merged.split("---")[1])
+    assert (metadata["license"], metadata["language"]) == ("mit", "de") and "mine" in metadata["tags"]
+    assert "## Thanks\n\nTo everyone.\n\n## Limits\n\nOnly emoji." in merged
+    assert "| Emoji | acc1 | gallery (transductive) | 50.00" in merged and merged.count("## Results") == 1
+    before = len(repository.commits)
+    publish(run_folder, REPO, tmp_path / "results.json")
+    assert len(repository.commits) == before
+
+
+def test_private_branches_and_pull_requests(hub, run_folder):
+    publish(run_folder, REPO, private=True, revision="draft")
     repository = hub.repositories[REPO]
     assert repository.private and not repository.at("main")[1] and "config.json" in repository.at("draft")[1]
-    result = publish(hub, trained, tmp_path, "--create_pr")
-    assert result.returncode == 0 and result.stdout.strip().endswith("/discussions/1")
+    assert publish(run_folder, REPO, create_pr=True).endswith("/discussions/1")
     assert not repository.at("main")[1] and "config.json" in repository.at("refs/pr/1")[1]
 
 
 @pytest.mark.parametrize(
-    "settings, repo, message",
+    "token, repo, change, message",
     [
-        ({"token": "hf_wrong"}, REPO, "the token is missing or wrong"),
-        ({}, "stranger/tiny", "may not write to stranger/tiny"),
-        ({"HF_HUB_OFFLINE": "1"}, REPO, "unset it"),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, REPO, "could not be reached"),
+        ("hf_wrong", REPO, {}, "the token is missing or wrong"),
+        ("hf_good", "stranger/tiny", {}, "may not write to stranger/tiny"),
+        ("hf_good", REPO, {"HF_HUB_OFFLINE": True}, "unset it"),
+        ("hf_good", REPO, {"ENDPOINT": "http://127.0.0.1:9"}, "could not be reached"),
+        ("hf_good", "tiny", {}, "must be USER/NAME or ORGANIZATION/NAME: its namespace is missing"),
+        ("hf_good", "user/ti ny", {}, "must be USER/NAME or ORGANIZATION/NAME: Repo id must use"),
+        ("hf_good", "a/b/c", {}, "must be USER/NAME or ORGANIZATION/NAME: Repo id must be in the form"),
     ],
 )
-def test_refusals_end_in_one_clear_message(hub, trained, tmp_path, settings, repo, message):
-    result = publish(hub, trained, tmp_path, repo=repo, **settings)
-    assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
+def test_refusal_is_explained_and_leaves_nothing(hub, run_folder, monkeypatch, token, repo, change, message):
+    monkeypatch.setenv("HF_TOKEN", token)
+    for name, value in change.items():
+        monkeypatch.setattr(constants, name, value)
+    with pytest.raises(UserError, match=message):
+        publish(run_folder, repo)
     assert not hub.repositories
 
 
-def test_a_server_that_dies_leaves_nothing_half_published(hub, trained, tmp_path):
-    hub.uploads_until_death = 1
-    result = publish(hub, trained, tmp_path)
-    assert result.returncode == 1 and "the same command goes on" in result.stderr, result.stderr
+def test_server_that_dies_leaves_nothing_half_published(hub, run_folder):
+    hub.uploads_until_death = 0
+    with pytest.raises(UserError, match="run the command again"):
+        publish(run_folder, REPO)
     assert not hub.repositories[REPO].at("main")[1]
     hub.uploads_until_death = None
-    assert publish(hub, trained, tmp_path).returncode == 0
+    publish(run_folder, REPO)
     assert "model.safetensors" in hub.repositories[REPO].at("main")[1]
 
 
-def upload(hub, tmp_path, name, folder):
-    """A folder as a data set; validates the demo's data card on the way."""
-    code = f"""
-import huggingface_hub as h
-h.HfApi().create_repo({name!r}, repo_type="dataset")
-h.HfApi().upload_folder(repo_id={name!r}, repo_type="dataset", folder_path={str(folder)!r})
-h.DatasetCard.load("demo_data/emoji/README.md").validate()
-"""
-    env = environment(hub, tmp_path / "uploader")
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, capture_output=True)
+def test_results_of_another_model_are_refused(hub, run_folder, tmp_path):
+    results = write_results(save_model(tmp_path / "other", seed=1), tmp_path / "results.json")
+    with pytest.raises(UserError, match="are results of other weights"):
+        publish(run_folder, REPO, results)
+    assert not hub.repositories
 
 
-def test_training_reads_shards_of_the_hub(hub, recipe, demo_rows, tmp_path):
-    rows = demo_rows.cast_column("image", datasets.Image(decode=False)).select(range(60))
-    write_shards([{"image": row["image"], "caption": row["caption"]} for row in rows], tmp_path / "shards")
-    upload(hub, tmp_path, "user/pairs", tmp_path / "shards")
-    for source, code, said in (
-        ("hf://datasets/user/pairs/{00000..00006}.tar", 0, "60 pairs of hf://datasets/user/pairs"),
-        ("hf://datasets/user/absent/*.tar", 1, "cannot be had"),
-    ):
-        path = recipe(**PLAIN, train_data=source, max_steps=3, output_dir=str(tmp_path / f"run{code}"))
-        result = subprocess.run(
-            [sys.executable, "training/pretrain.py", "--config", path],
-            cwd=ROOT,
-            env=environment(hub, tmp_path / "reader"),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert result.returncode == code and said in result.stdout + result.stderr, result.stderr
-        assert "Traceback" not in result.stderr
+def test_folder_of_another_architecture_is_refused(hub, tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTModel(ViTConfig(**small, image_size=32, patch_size=16)).save_pretrained(tmp_path / "vit")
+    for folder, message in ((tmp_path / "vit", "holds a model of type vit"), (tmp_path, "holds no model")):
+        with pytest.raises(UserError, match=message):
+            publish(folder, REPO)
 
 
-def test_tasks_are_read_straight_from_the_hub(hub, trained, demo_rows, tmp_path):
-    data = tmp_path / "wds_pets"
-    pictures = [row["image"] for row in demo_rows.select(range(10))]
-    write_classification(data, pictures, [i % 3 for i in range(10)], ["heart", "star", "cat"])
-    upload(hub, tmp_path, "user/wds_pets", data)
-    task = tmp_path / "task.yaml"
-    task.write_text("pets: {repositories: [user/absent, user/wds_pets], size: 10}")
-    reports = []
-    for folder in ("hub", tmp_path):
-        output = tmp_path / f"{len(reports)}.json"
-        command = ["--tasks", task, "--data_dir", folder, "--output", output]
-        command = [sys.executable, "eval/run.py", "--model", trained[0], *command]
-        env = environment(hub, tmp_path / "reader")
-        result = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr + result.stdout
-        reports.append(json.loads(output.read_text())["tasks"]["pets"])
-    assert reports[0] == reports[1] and reports[0]["status"] == "complete"
-    task.write_text("pets: {repositories: [user/absent]}")
-    command[command.index("--data_dir") + 1] = "hub"
-    command[-1] = tmp_path / "absent.json"
-    result = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode == 1 and "user/absent cannot be read from the Hub" in result.stdout
-
-
-def test_cards_without_a_hub(trained, tmp_path):
+def test_card_without_a_hub(run_folder, tmp_path, monkeypatch, capsys):
+    (run_folder / "eval.jsonl").unlink()
     card = tmp_path / "card.md"
-    command = ["eval/publish.py", trained[0], "--repo_id", REPO, "--card_only", card]
-    assert run(*command).returncode == 0 and "It has not been evaluated" in card.read_text()
-    line = {"step": 3, "results": [{"task": "emoji_openmoji", "metric": "acc1", "value": 0.25, "num_samples": 4}]}
-    (tmp_path / "eval.jsonl").write_text(json.dumps(line))
-    ((row,), _) = read_results(tmp_path, None)
-    assert (row.metric, row.value, row.num_samples) == ("acc1", 0.25, 4)
-    for folder, results, message in ((tmp_path, trained[1], "holds no model"), (trained[0], card, "is not what")):
-        result = run("eval/publish.py", folder, "--repo_id", REPO, "--results", results, "--card_only", card)
-        assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
+    command = [run_folder, "--repo_id", REPO, "--card_only", card]
+    assert run_main(monkeypatch, eval.publish, *command) == 0
+    assert "has not been evaluated" in card.read_text()
+    assert run_main(monkeypatch, eval.publish, *command, "--results", card) == 1
+    assert "is not what eval/run.py writes" in capsys.readouterr().err

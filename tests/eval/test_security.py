@@ -1,10 +1,9 @@
-"""Input by strangers: tars and repositories whose names lead out of their folder, models and data that bring code."""
+"""Untrusted input: tars whose names lead out of their folder, models and data that bring code."""
 
 import io
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
 import tarfile
@@ -15,14 +14,11 @@ import pytest
 import torch
 from transformers import AutoModel
 
-import training.data.webdataset
 from eval.data import TaskData, read_tar
 from eval.tasks import Task
 from modeling_amorlip import AmorLIPModel
+from modeling_amorlip.cli_amorlip import UserError
 from tests.helpers.checkout import DEMO, ROOT
-from tests.helpers.hub_server import Hub, Repository, environment
-from training.config import PretrainConfig
-from training.data.mixture import open_pairs
 
 
 PICTURE = (ROOT / "docs/images/curves.png").read_bytes()
@@ -57,20 +53,13 @@ def hostile_tar(tmp_path):
 def test_tars_are_read_and_never_extracted(hostile_tar, tmp_path, monkeypatch):
     monkeypatch.chdir(hostile_tar.parent)
     before = tree(tmp_path)
-    samples = dict(read_tar(hostile_tar))
+    samples = {key: members for _, key, members in read_tar(hostile_tar)}
     assert len(samples) == 4 and not [key for key in samples if "link" in key]
     assert all(members["png"] == PICTURE for members in samples.values())
     data = TaskData(Task("name", data="data"), str(tmp_path), shards=[hostile_tar])
     assert [sample.captions[0] for sample in data.samples()][2] == "good"
-
-    cache = tmp_path.parent / f"{tmp_path.name}_cache"
-    monkeypatch.setattr(training.sources, "HF_HOME", str(cache))
-    pairs = open_pairs(PretrainConfig(train_data=str(hostile_tar), output_dir=str(tmp_path / "run")))
-    rows = [pairs[i] for i in range(len(pairs))]
-    assert [row["caption"] for row in rows][2] == "good" and len(rows) == 4
-    assert b"secret" not in b"".join(row["image"] for row in rows)
+    assert b"secret" not in b"".join(content for members in samples.values() for content in members.values())
     assert tree(tmp_path) == before
-    assert {path.parent for path in cache.rglob("*") if path.is_file()} == {cache / "amorlip"}  # its own index
 
 
 class Bomb:
@@ -95,27 +84,9 @@ def test_arrays_with_code_are_refused(tmp_path):
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     task = TaskData(Task("name", data="data"), str(tmp_path), shards=[tmp_path / "0.tar"])
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    with pytest.raises(UserError, match="allow_pickle=False"):
         list(task.samples())
     assert not (tmp_path / "ran").exists()
-
-
-def test_names_on_the_hub_that_lead_out(tmp_path):
-    outside = tmp_path / "evil_absolute.txt"
-    hub = Hub()
-    traps = {"djghosh/wds_cifar10_test": "test/../../../evil.txt", "clip-benchmark/wds_cifar10": str(outside)}
-    for repository, name in traps.items():
-        hub.repositories[repository] = Repository(private=False)
-        hub.repositories[repository].branches["main"] = hub.repositories[repository].add({name: b"evil"}, "a trap")
-    command = [sys.executable, "eval/run.py", "--download", "cifar10", "--data_dir", tmp_path / "a/b/data"]
-    env = environment(hub, tmp_path / "a/b")
-    try:
-        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    finally:
-        hub.close()
-    assert result.returncode != 0 and "Traceback" not in result.stderr
-    assert len(re.findall(r"cannot be had: Invalid filename '.*evil", result.stderr)) == 2, result.stderr
-    assert not list(tmp_path.rglob("*evil*"))
 
 
 @pytest.fixture
@@ -129,6 +100,7 @@ def model_with_code(tmp_path):
     return folder
 
 
+@pytest.mark.e2e
 def test_a_models_code_is_not_run(model_with_code, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps({"train_data": str(DEMO / "train.parquet"), "max_steps": 1}))

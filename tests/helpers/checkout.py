@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
+from subprocess import CompletedProcess
+
+import torch
 
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 DEMO = ROOT / "demo_data/emoji"
-
-
 TINY = {
     "train_data": "",
     "alternative_captions_column": "captions",
@@ -48,30 +51,86 @@ TINY = {
     "log_every": 1,
     "dataloader_num_workers": 0,
 }
+"""Settings of a run that takes seconds."""
 
 
-def run(*command, launch=None, threads=1, timeout=300) -> subprocess.CompletedProcess:
-    """Runs a script of the repository as a user does; `launch` is a number of processes."""
-    python = [sys.executable]
-    if launch:
-        # `accelerate launch --cpu` starts several processes through MPI only; torchrun starts them anywhere.
-        python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(launch)]
-    command = [*python, *map(str, command)]
-    environment = with_threads(threads)
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout, env=environment)
+def run(*command: object, launch: int | None = None, threads: int = 1, timeout: int = 300) -> CompletedProcess:
+    """Run a script of the repository, or `-m MODULE`, from its root, and return exit status and output.
+
+    It runs in this process, as `python` would run it, unless `launch` asks for several processes.
+
+    Args:
+        launch: number of processes, started by torchrun.
+        threads: torch threads; sums are equal bit for bit only with equal numbers of threads.
+        timeout: seconds that several processes may take.
+    """
+    words = list(map(str, command))
+    if launch is None:
+        return _run_in_process(words, threads)
+    # `accelerate launch --cpu` starts several processes through MPI only; torchrun starts them anywhere.
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(launch)]
+    return run_python(*torchrun, *words, threads=threads, timeout=timeout)
 
 
-def with_threads(threads: int) -> dict[str, str]:
-    """An environment; sums come out equal, bit for bit, only with equal numbers of threads."""
+def run_python(*words: object, threads: int = 1, timeout: int = 300) -> CompletedProcess:
+    """Run Python from the repository's root in a process of its own; for tests marked `e2e`."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=timeout, env=environment_with_threads(threads)
+    )
+
+
+def _run_in_process(words: list[str], threads: int) -> CompletedProcess:
+    stdout, stderr = io.StringIO(), io.StringIO()
+    argv, folder, num_threads = sys.argv, os.getcwd(), torch.get_num_threads()
+    status = 0
+    try:
+        os.chdir(ROOT)
+        torch.set_num_threads(threads)
+        _reset_accelerate()
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            try:
+                if words[0] == "-m":
+                    sys.argv = words[1:]
+                    runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+                else:
+                    sys.argv = words
+                    runpy.run_path(words[0], run_name="__main__")
+            except SystemExit as error:
+                status = error.code if isinstance(error.code, int) else int(bool(error.code))
+                if isinstance(error.code, str):
+                    print(error.code, file=sys.stderr)
+            except Exception:
+                status = 1
+                traceback.print_exc()
+    finally:
+        os.chdir(folder)
+        sys.argv = argv
+        torch.set_num_threads(num_threads)
+        _reset_accelerate()
+    return CompletedProcess(words, status, stdout.getvalue(), stderr.getvalue())
+
+
+def _reset_accelerate() -> None:
+    """Forget Accelerate's settings, which it shares between all accelerators of a process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def environment_with_threads(threads: int) -> dict[str, str]:
+    """Return the environment with a number of threads for a process of its own."""
     return {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
 
-def pretrain(recipe_path, *overrides, launch=None) -> subprocess.CompletedProcess:
+def pretrain(recipe_path: Path, *overrides: object, launch: int | None = None) -> CompletedProcess:
+    """Run training/pretrain.py on a recipe; see `run`."""
     return run("training/pretrain.py", "--config", recipe_path, *overrides, launch=launch)
 
 
 def start(recipe_path, folder, launch=None) -> subprocess.Popen:
-    """A run that has done its third step."""
+    """Start a training run in a process of its own, and return it once it has logged three steps."""
     python = [sys.executable]
     if launch:
         python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(launch)]
@@ -81,7 +140,7 @@ def start(recipe_path, folder, launch=None) -> subprocess.Popen:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=with_threads(1),
+        env=environment_with_threads(1),
     )
     metrics = folder / "metrics.jsonl"
     deadline = time.time() + 120

@@ -282,3 +282,17 @@ def environment(hub, folder, token="hf_good", **more):
         **more,  # sums are equal with equal numbers of threads
     }
     return {**os.environ, **settings}
+
+
+def connect(monkeypatch, hub, folder, token="hf_good"):
+    """Let the client in this process talk to the hub, with an empty cache."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("HF_TOKEN", token)

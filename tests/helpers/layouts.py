@@ -1,4 +1,4 @@
-"""Trains every objective for five steps in this process layout and saves what came out. Run by test_layouts.py:
+"""Train every objective for five steps in this process layout and save the result. Run by test_layouts.py:
 
 torchrun --standalone --nproc_per_node 2 tests/helpers/layouts.py OUTPUT
 """
@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from modeling_amorlip import AmorLIPModel
 from tests.helpers.objectives import VARIANTS, make_config
 from training.gradient_cache import cached_backward
-from training.model.encoder import PairEncoder
+from training.model.encoder import EncoderWithObjective, PairEncoder
 from training.objectives import OBJECTIVES
 
 
@@ -27,32 +27,45 @@ HEADS.append(("amorlip", {"online_every": 2, "amortization": "conjugate"}, {}))
 CASES = [(name, settings, {}) for name, settings in VARIANTS] + HEADS
 
 
+def compute_in_double_precision() -> None:
+    """Make everything that would compute in float32 compute in float64, where layouts differ by 1e-15."""
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+
+
+def draw_batch(generator: torch.Generator, rows: slice) -> dict[str, torch.Tensor]:
+    """Draw a global batch, and return this process's rows of it."""
+    batch = {
+        "pixel_values": torch.randint(0, 256, (N, 3, 4, 4), generator=generator),
+        "input_ids": torch.randint(0, 8, (N, 4), generator=generator),
+        "attention_mask": torch.ones(N, 4, dtype=torch.long),
+        "sample_ids": torch.randperm(3 * N, generator=generator)[:N],
+    }
+    return {name: value[rows] for name, value in batch.items()}
+
+
 def train(accelerator, name, settings, amortizer_config, micro_batch_size, negatives="global"):
+    """Train an objective for a few steps; return parameters and state."""
     torch.manual_seed(0)
     cls = OBJECTIVES[name]
     head = {"head_type": "prototype", "size": 24} if name == "neuclip" else {"size": 24, **amortizer_config}
     config = make_config(**{**cls.model_defaults, "amortizer_config": head})
     model = AmorLIPModel(config)
-    encoder = PairEncoder(model, [0.5] * 3, [0.5] * 3)
-    optimizer = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
-    encoder, optimizer = accelerator.prepare(encoder, optimizer)
     objective = cls(config, cls.Arguments(**settings), negatives, num_samples=3 * N)
+    module = EncoderWithObjective(PairEncoder(model, [0.5] * 3, [0.5] * 3), objective)
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+    wrapped, optimizer = accelerator.prepare(module, optimizer)
     share = N // accelerator.num_processes
-    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
         if step in (0, 3):
-            objective.on_epoch_start(step // 3, 4)
-        batch = {
-            "pixel_values": torch.randint(0, 256, (N, 3, 4, 4), generator=generator)[mine],
-            "input_ids": torch.randint(0, 8, (N, 4), generator=generator)[mine],
-            "attention_mask": torch.ones(N, 4, dtype=torch.long)[mine],
-        }
-        ids = torch.randperm(3 * N, generator=generator)[:N][mine]
+            module.start_epoch(step // 3, 4)
+        batch = draw_batch(generator, rows)
         if micro_batch_size:
-            cached_backward(accelerator, encoder, objective, batch, ids, micro_batch_size)
+            cached_backward(accelerator, wrapped, module, batch, micro_batch_size)
         else:
-            accelerator.backward(objective(*encoder(**batch), ids).loss)
+            accelerator.backward(wrapped(**batch).loss)
         optimizer.step()
         optimizer.zero_grad()
     state = {f"model.{key}": value.clone() for key, value in model.state_dict().items()}
@@ -62,7 +75,7 @@ def train(accelerator, name, settings, amortizer_config, micro_batch_size, negat
 
 
 def count_embedding_collectives(run) -> int:
-    """How many collectives, DDP's own aside, carry as much as a process's embeddings."""
+    """Return how many collectives, apart from DDP's own, carry as much as the embeddings of a process."""
     originals, counted = {}, []
     for collective in ("all_gather", "all_reduce", "broadcast"):
         originals[collective] = getattr(dist, collective)
@@ -83,6 +96,7 @@ def count_embedding_collectives(run) -> int:
 
 def main(output: str) -> None:
     torch.set_num_threads(1)
+    compute_in_double_precision()
     accelerator = Accelerator(cpu=True)
     share = N // accelerator.num_processes
     results = {}

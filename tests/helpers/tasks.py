@@ -1,8 +1,10 @@
-"""Writes tasks in the public layouts."""
+"""Write tasks in the public layouts, and run eval/run.py in this process."""
 
 from __future__ import annotations
 
 import io
+import json
+import sys
 import tarfile
 
 import numpy as np
@@ -33,12 +35,22 @@ def encoded(image, form="PNG"):
     return buffer.getvalue()
 
 
-def write_task_shards(folder, samples, shards=2):
+def write_task_shards(folder, samples, shards=2, split="test"):
     """`samples` are lists of (extension, content)."""
-    (folder / "test").mkdir(parents=True)
+    (folder / split).mkdir(parents=True)
     for shard in range(shards):
-        with tarfile.open(folder / f"test/{shard}.tar", "w") as tar:
+        with tarfile.open(folder / f"{split}/{shard}.tar", "w") as tar:
             for k, members in enumerate(samples[shard::shards]):
                 for extension, content in members:
                     add(tar, f"s{shard}_{k:05d}.{extension}", content)
-    (folder / "test/nshards.txt").write_text(str(shards))
+    (folder / f"{split}/nshards.txt").write_text(str(shards))
+
+
+def run_main(monkeypatch, module, *argv) -> int:
+    """Run a command line's `main` in this process and return its exit status."""
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
+    return module.main()
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))

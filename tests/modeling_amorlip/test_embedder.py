@@ -40,7 +40,7 @@ def embedder(minilm, tmp_path_factory):
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("as_tensor", [True, False])
 def test_equals_sentence_transformers(embedder, minilm, normalize, as_tensor):
-    # MiniLM normalises by itself, in a module of its own after the pooling.
+    # MiniLM normalizes by itself, in a module of its own after the pooling.
     theirs = SentenceTransformer(modules=list(SentenceTransformer(str(minilm), device="cpu"))[:2], device="cpu")
     options = {"batch_size": 2, "normalize_embeddings": normalize, "convert_to_tensor": as_tensor}
     for inputs in (TEXTS, TEXTS[0]):
@@ -52,15 +52,15 @@ def test_equals_sentence_transformers(embedder, minilm, normalize, as_tensor):
 def test_images_and_texts_in_any_order(embedder, demo_rows):
     images = [row["image"].convert("RGB") for row in demo_rows.select(range(3))]
     mixed = [TEXTS[0], images[0], images[1], TEXTS[1], images[2]]
-    found = embedder.encode(mixed, batch_size=2)
+    embeds = embedder.encode(mixed, batch_size=2)
     pixels = embedder.processor(images=images, return_tensors="pt")
     with torch.inference_mode():
         expected = torch.nn.functional.normalize(embedder.model.get_image_features(**pixels).pooler_output, dim=-1)
-    np.testing.assert_allclose(found[[1, 2, 4]], expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found[[0, 3]], embedder.encode(TEXTS[:2]), rtol=1e-4, atol=1e-5)
-    cosines = embedder.similarity(3 * found[:2], found)
-    torch.testing.assert_close(cosines, util.cos_sim(found[:2], found))
-    torch.testing.assert_close(embedder.similarity_pairwise(found[:2], found[1:3]), cosines[[0, 1], [1, 2]])
+    np.testing.assert_allclose(embeds[[1, 2, 4]], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(embeds[[0, 3]], embedder.encode(TEXTS[:2]), rtol=1e-4, atol=1e-5)
+    cosines = embedder.similarity(3 * embeds[:2], embeds)
+    torch.testing.assert_close(cosines, util.cos_sim(embeds[:2], embeds))
+    torch.testing.assert_close(embedder.similarity_pairwise(embeds[:2], embeds[1:3]), cosines[[0, 1], [1, 2]])
     assert embedder.encode(images[0]).shape == (384,)
 
 
@@ -71,11 +71,59 @@ def test_batches_of_mteb(embedder, demo_rows):
     np.testing.assert_allclose(embedder.encode(texts, **metadata), embedder.encode(TEXTS), rtol=1e-4, atol=1e-5)
     pictures = DataLoader(images, batch_size=2, collate_fn=lambda batch: {"image": batch})
     np.testing.assert_allclose(embedder.encode(pictures, **metadata), embedder.encode(images), rtol=1e-4, atol=1e-5)
+    corpus = [{"text": TEXTS[:2], "title": ["a", "b"], "body": ["c", "d"], "id": ["0", "1"]}]
+    np.testing.assert_allclose(embedder.encode(corpus, **metadata), embedder.encode(TEXTS[:2]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("inputs, name", [([], "nothing"), (["a", 3], "int"), ([{"text": [None]}], "NoneType")])
-def test_what_cannot_be_encoded_is_named(embedder, inputs, name):
-    with pytest.raises(ValueError, match=f"given {name}"):
+def test_a_mapping_is_one_row(embedder, demo_rows):
+    image = demo_rows[0]["image"]
+    one = embedder.encode({"text": TEXTS[0]})
+    assert one.shape == (384,)
+    np.testing.assert_allclose(one, embedder.encode(TEXTS[0]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(embedder.encode({"image": image}), embedder.encode(image), rtol=1e-4, atol=1e-5)
+    rows = embedder.encode([{"text": TEXTS[0]}, {"image": image}, TEXTS[1]])
+    expected = embedder.encode([TEXTS[0], image, TEXTS[1]])
+    np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-5)
+    batch = embedder.encode({"text": TEXTS[:2]})
+    np.testing.assert_allclose(batch, embedder.encode(TEXTS[:2]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_image_and_text_together_are_summed(embedder, demo_rows, normalize):
+    images = [row["image"] for row in demo_rows.select(range(2))]
+    options = {"normalize_embeddings": normalize}
+    expected = embedder.encode(TEXTS[:2], **options) + embedder.encode(images, **options)
+    if normalize:
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    rows = [{"text": text, "image": image} for text, image in zip(TEXTS, images, strict=False)]
+    np.testing.assert_allclose(embedder.encode(rows, **options), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(embedder.encode(rows[0], **options), expected[0], rtol=1e-4, atol=1e-5)
+    batch = [{"text": TEXTS[:2], "image": images}]
+    np.testing.assert_allclose(embedder.encode(batch, **options), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_queries_and_documents_are_encoded_alike(embedder):
+    expected = embedder.encode(TEXTS[:2])
+    np.testing.assert_array_equal(embedder.encode_query(TEXTS[:2]), expected)
+    np.testing.assert_array_equal(embedder.encode_document(TEXTS[:2]), expected)
+
+
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        ([], "nothing to encode"),
+        (["a", 3], "given int"),
+        ([{"text": [None]}], "given NoneType"),
+        ([{"text": 3}], "'text'.*given int"),
+        ([{"image": "a cat"}], "'image'.*given str"),
+        ([{"caption": "a cat"}], "given caption"),
+        ({"text": "a cat", "imge": None}, "given imge"),
+        ([{}], "given neither"),
+        ([{"text": ["a"], "audio": [None]}], "given audio"),
+    ],
+)
+def test_what_cannot_be_encoded_is_named(embedder, inputs, message):
+    with pytest.raises(ValueError, match=message):
         embedder.encode(inputs)
 
 
@@ -115,8 +163,8 @@ def test_mteb_itself(embedder, demo_rows, tmp_path):
         def get_candidate_labels(self):
             return names
 
-    found = mteb.evaluate(embedder, Emoji(), cache=None, encode_kwargs={"batch_size": 16})
-    accuracy = found.task_results[0].scores["test"][0]["accuracy"]
+    results = mteb.evaluate(embedder, Emoji(), cache=None, encode_kwargs={"batch_size": 16})
+    accuracy = results.task_results[0].scores["test"][0]["accuracy"]
     scores = embedder.similarity(embedder.encode([row["image"] for row in rows]), embedder.encode(names))
     assert accuracy == pytest.approx((scores.argmax(1) == torch.arange(len(names))).float().mean().item())
-    assert found.model_name.startswith("local/")
+    assert results.model_name.startswith("local/")

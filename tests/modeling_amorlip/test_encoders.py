@@ -26,10 +26,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from modeling_amorlip import AmorLIPConfig, AmorLIPModel
-from modeling_amorlip.embedder_amorlip import encode_texts
-from modeling_amorlip.embedder_amorlip import encode_texts as encode
-from modeling_amorlip.encoders_amorlip import pad_right, pool
+from modeling_amorlip import AmorLIPConfig, AmorLIPModel, embedder_amorlip
+from modeling_amorlip.encoders_amorlip import encode_texts, pad_right, pool
 from tests.helpers.checkout import TINY
 
 
@@ -283,7 +281,7 @@ def test_minilm_is_pooled_as_by_hand_and_by_sentence_transformers(sentences, min
     tokenizer = AutoTokenizer.from_pretrained(minilm, padding_side=side)
     tokens = tokenizer(TEXTS, padding=True, return_tensors="pt")
     assert "token_type_ids" in tokens
-    pooled = encode_texts(sentences.text_model, sentences.config.text_pooling, **tokens).pooler_output
+    pooled = encode_texts(sentences.text_model, sentences.config, **tokens).pooler_output
     bert = BertModel.from_pretrained(minilm).eval()
     alone = [bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in TEXTS]
     torch.testing.assert_close(pooled, torch.stack(alone), rtol=1e-4, atol=1e-5)
@@ -303,7 +301,8 @@ def test_minilm_with_a_processor_from_disk(sentences, minilm, tmp_path, demo_row
     inputs = processor(text=TEXTS, images=[demo_rows[0]["image"]], padding=True, return_tensors="pt")
     outputs = model(**inputs)
     torch.testing.assert_close(outputs.logits_per_image, sentences(**inputs).logits_per_image)
-    torch.testing.assert_close(encode(model, processor, TEXTS, batch_size=2), outputs.text_embeds, rtol=1e-4, atol=1e-5)
+    embeds = embedder_amorlip.encode_texts(model, processor, TEXTS, batch_size=2)
+    torch.testing.assert_close(embeds, outputs.text_embeds, rtol=1e-4, atol=1e-5)
     found = pipeline("zero-shot-image-classification", model=str(tmp_path))(
         demo_rows[0]["image"], candidate_labels=TEXTS, hypothesis_template="{}"
     )
@@ -320,7 +319,9 @@ def test_siglip_texts_are_padded_to_their_context():
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", model_input_names=["input_ids"]
     )
-    embeds = encode(model, CLIPProcessor(BitImageProcessor(), tokenizer), ["red heart", "heart of gold"])
+    embeds = embedder_amorlip.encode_texts(
+        model, CLIPProcessor(BitImageProcessor(), tokenizer), ["red heart", "heart of gold"]
+    )
     ids = torch.ones(2, 16, dtype=torch.long)
     ids[0, :2], ids[1, :3] = torch.tensor([3, 4]), torch.tensor([4, 5, 6])
     expected = torch.nn.functional.normalize(model.get_text_features(ids).pooler_output, dim=-1)

@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BitImageProcessor, CLIPProcessor
 
-from modeling_amorlip import AmorLIPConfig, AmorLIPModel
+from modeling_amorlip import AmorLIPConfig, AmorLIPModel, export_amorlip
 from modeling_amorlip.export_amorlip import export
-from tests.helpers.checkout import TINY, run
+from tests.helpers.checkout import TINY
 from training.model.tokenizer import train_tokenizer
 
 
@@ -73,6 +73,16 @@ def test_onnx_in_onnxruntime(name, tmp_path):
     assert vision.get_inputs()[0].shape == ["batch", 3, 32, 32]
 
 
+def test_resnet_of_transformers_is_exported_in_the_size_that_is_given(tmp_path):
+    vision = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    model = AmorLIPModel(AmorLIPConfig(**CLIP | {"vision_config": vision | {"layer_type": "basic"}})).eval()
+    with pytest.raises(ValueError, match=r"vision_config \(resnet\) has no image_size"):
+        export(model, tmp_path)
+    vision, _ = (torch.export.load(path).module() for path in export(model, tmp_path, "pt2", image_size=(32, 48)))
+    pixels = torch.randn(3, 3, 32, 48)
+    torch.testing.assert_close(vision(pixels), expected_embeds(model, pixels))
+
+
 def test_torch_export(tmp_path):
     model = make_model("clip")
     vision, text = (torch.export.load(path).module() for path in export(model, tmp_path, "pt2"))
@@ -84,15 +94,14 @@ def test_torch_export(tmp_path):
         torch.testing.assert_close(text(*tokens), expected_embeds(model, tokens=tokens))
 
 
-def test_command(tmp_path, demo_rows):
+def test_command(tmp_path, demo_rows, monkeypatch, capsys):
     model = make_model("clip")
     model.save_pretrained(tmp_path / "model")
     tokenizer = train_tokenizer(demo_rows["caption"][:200], 700)
     CLIPProcessor(BitImageProcessor(size={"shortest_edge": 32}), tokenizer).save_pretrained(tmp_path / "model")
-    command = ["-m", "modeling_amorlip.export_amorlip", "--model", tmp_path / "model", "--output", tmp_path / "out"]
-    result = run(*command)
-    assert result.returncode == 0, result.stderr
-    assert "vision_model.onnx: " in result.stdout and "torchvision" not in result.stderr
+    monkeypatch.setattr("sys.argv", ["export", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")])
+    assert export_amorlip.main() == 0
+    assert "vision_model.onnx: " in capsys.readouterr().out
     tokens = AutoTokenizer.from_pretrained(tmp_path / "out")(["a cat", "two red hearts"], padding=True)
     (embeds,) = onnxruntime.InferenceSession(tmp_path / "out/text_model.onnx").run(None, dict(tokens))
     tokens = [torch.tensor(tokens[name]) for name in ("input_ids", "attention_mask")]

@@ -8,6 +8,7 @@ from modeling_amorlip.loss_amorlip import (
     amortization_loss,
     amortized_contrastive_loss,
     blend_log_targets,
+    cross_log_partitions,
     log_partitions,
     positive_logits,
     sigmoid_contrastive_loss,
@@ -53,6 +54,30 @@ def test_log_partitions_equal_brute_force(n, tile_size, weight):
         return (torch.stack(pair) * upstream).sum()
 
     compare(batch, ours, lambda *a: (torch.stack(brute_force_log_partitions(*a, c=weight)) * upstream).sum())
+
+
+@pytest.mark.parametrize("images, texts, tile_size", [(1, 1, None), (3, 70, 16), (130, 40, 32)])
+def test_cross_log_partitions_equal_brute_force(images, texts, tile_size):
+    """Of a rectangle, without positives; the gradients too."""
+    x = make_batch(images, scale=50.0, bias=0.7)[0]
+    _, y, s, b = make_batch(texts, scale=50.0, bias=0.7, seed=1)
+    upstream = torch.randn(images + texts, generator=torch.Generator().manual_seed(2)).double()
+
+    def ours(x, y, s, b):
+        return (torch.cat(cross_log_partitions(x, y, s, logit_bias=b, tile_size=tile_size)) * upstream).sum()
+
+    def reference(x, y, s, b):
+        logits = s * x @ y.T + b
+        return (torch.cat([logits.logsumexp(1), logits.logsumexp(0)]) * upstream).sum()
+
+    compare([x, y, s, b], ours, reference)
+
+
+def test_cross_log_partitions_name_wrong_shapes():
+    with pytest.raises(ValueError, match=r"\[2, 8\] and \[3, 4\]"):
+        cross_log_partitions(torch.zeros(2, 8), torch.zeros(3, 4), 1.0)
+    with pytest.raises(ValueError, match="0 images and 3 texts"):
+        cross_log_partitions(torch.zeros(0, 4), torch.zeros(3, 4), 1.0)
 
 
 def test_bf16_inputs_are_accumulated_in_float32():

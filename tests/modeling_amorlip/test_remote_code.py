@@ -16,7 +16,7 @@ from modeling_amorlip import (
     AmorLIPModel,
     AmorLIPVisionModelWithProjection,
 )
-from tests.helpers.checkout import ROOT, TINY, with_threads
+from tests.helpers.checkout import ROOT, TINY, environment_with_threads
 from training.model.tokenizer import train_tokenizer
 
 
@@ -131,7 +131,7 @@ def models(tmp_path_factory, demo_rows):
 
 def test_folders_load_without_the_package(models, demo_rows, tmp_path):
     root, models = models
-    environment = {**with_threads(1), "HF_HOME": str(tmp_path)}
+    environment = {**environment_with_threads(1), "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-I", "-c", PRELUDE + SCRIPT, root]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -162,11 +162,15 @@ def test_the_code_in_a_folder_needs_nothing_else(models):
     allowed = {"torch", "transformers", "huggingface_hub", "safetensors"} | set(sys.stdlib_module_names)
     sources = sorted((root / "clip").glob("*.py"))
     names = {path.stem for path in sources}
-    assert {"modeling_amorlip", "configuration_amorlip", "encoders_amorlip", "resnet_amorlip"} <= names
+    towers = {"encoders_amorlip", "resnet_amorlip", "amortizer_amorlip"}
+    assert names == {"modeling_amorlip", "configuration_amorlip", "pipeline_amorlip"} | towers
+    texts = [path.read_text() for path in sources]
+    assert sum(len(text.splitlines()) for text in texts) <= 1250
+    assert not [path for path, text in zip(sources, texts, strict=True) if "triton" in text.lower()]
     for path in sources:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
-                assert {alias.name.partition(".")[0] for alias in node.names} <= allowed | {"triton"}, path
+                assert {alias.name.partition(".")[0] for alias in node.names} <= allowed, path
             elif isinstance(node, ast.ImportFrom) and node.level:
                 assert node.level == 1, f"{path}: an uploaded folder is flat"
                 assert {node.module} <= names if node.module else {alias.name for alias in node.names} <= names, path

@@ -5,17 +5,16 @@ import time
 import pytest
 
 from tests.helpers.checkout import DEMO
+from training.build import build_trainer
 from training.config import PretrainConfig
 
 
 @pytest.mark.slow
 def test_an_amorlip_step_costs_at_most_two_per_cent_more_than_clips(tmp_path):
     """16 steps each on ViT-B/32 towers, 128 pairs, T_online = 8, in turns, so that other load meets both alike."""
-    from training.trainer import Trainer
-
     trainers = {}
     for objective, settings in (("clip", {}), ("amorlip", {"online_every": 8})):
-        trainers[objective] = Trainer(
+        trainers[objective] = build_trainer(
             PretrainConfig(
                 output_dir=str(tmp_path / objective),
                 train_data=str(DEMO / "train.parquet"),
@@ -26,12 +25,13 @@ def test_an_amorlip_step_costs_at_most_two_per_cent_more_than_clips(tmp_path):
                 per_device_train_batch_size=128,
             )
         )
-        trainers[objective].objective.on_epoch_start(0, 1)
-        trainers[objective].encoder.train()
+        trainers[objective].module.start_epoch(0, 1)
+        trainers[objective].wrapped.train()
     batches = iter(trainers["clip"].dataloader)
     seconds = dict.fromkeys(trainers, 0.0)
     for step in range(17):
         batch = next(batches)
+        batch.pop("bad_samples")
         for objective, trainer in trainers.items():
             start = time.perf_counter()
             trainer.training_step(batch)

@@ -1,17 +1,17 @@
-"""Images a second of the training pipeline by kind of source and by decoder, against what everybody writes first.
+"""Measure images per second of the training pipeline by kind of source, against a common straightforward pipeline.
 
     python training/benchmarks/data.py --output training/benchmarks/data.json
 
-Photographs of 512 x 512 pixels (two of scikit-learn, cut and turned) become training images of 224. `plain` opens,
-converts, resizes, crops and makes a float tensor of the whole image; `ours` is `training.decoding`: the crop and the
-nearest reduction that the JPEG decoder offers for nothing, one resampling, uint8. One process, in turns; medians.
-
-Like the other benchmarks a script and no part of the `eval` package, which itself never looks at training.
+Photographs of 512 x 512 pixels (cut from two of scikit-learn's and rotated) become training images of 224 pixels.
+`plain` opens, converts, resizes, crops and makes a float tensor of the whole image. `ours` calls `open_image` of
+modeling_amorlip/images_amorlip.py and `augment` of training/data/transforms.py: they use the reduced resolutions that
+the JPEG decoder offers, resample once and stay in uint8. One process runs all pipelines in turns and reports medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import random
@@ -19,8 +19,9 @@ import statistics
 import sys
 import tarfile
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -32,16 +33,19 @@ import torch
 from PIL import Image
 
 from modeling_amorlip.images_amorlip import open_image
-from training.config import PretrainConfig
+from training.benchmarks.timing import time_in_turns
+from training.config import AugmentationConfig, PretrainConfig
 from training.data.dataset import PairDataset
 from training.data.mixture import open_pairs
 from training.data.transforms import augment
 
 
 SIZE = 224
+MAX_IMAGE_PIXELS = 10**8
 
 
 def photographs(number: int) -> list[bytes]:
+    """Return JPEG files of 512 x 512 pixels."""
     generator = random.Random(0)
     photos = [Image.fromarray(photo) for photo in sklearn.datasets.load_sample_images().images]
     files = []
@@ -49,13 +53,14 @@ def photographs(number: int) -> list[bytes]:
         photo, side = photos[i % len(photos)], generator.randint(300, 420)
         left, top = (generator.randint(0, length - side) for length in photo.size)
         buffer = io.BytesIO()
-        cut = photo.crop((left, top, left + side, top + side)).resize((512, 512), Image.Resampling.BICUBIC)
-        cut.rotate(90 * generator.randint(0, 3)).save(buffer, "JPEG", quality=90)
+        crop = photo.crop((left, top, left + side, top + side)).resize((512, 512), Image.Resampling.BICUBIC)
+        crop.rotate(90 * generator.randint(0, 3)).save(buffer, "JPEG", quality=90)
         files.append(buffer.getvalue())
     return files
 
 
 def plain(file: bytes) -> torch.Tensor:
+    """Return a training image as commonly written, float [3, 224, 224]."""
     image = Image.open(io.BytesIO(file)).convert("RGB")
     image = image.resize((256, 256), Image.Resampling.BICUBIC)
     edge = (256 - SIZE) // 2
@@ -63,8 +68,14 @@ def plain(file: bytes) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
+def ours(file: bytes, augmentation: AugmentationConfig) -> torch.Tensor:
+    """Return a training image as training makes it, uint8 [3, 224, 224]."""
+    image = augment(open_image(file, MAX_IMAGE_PIXELS), SIZE, augmentation, random.Random(0))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def write_sources(files: list[bytes], folder: Path) -> dict[str, Path]:
-    """The same pairs as tars, parquet and an image folder."""
+    """Write the same pairs as a tar, a parquet file and an image folder; return their paths by kind."""
     with tarfile.open(folder / "pairs.tar", "w") as tar:
         for i, file in enumerate(files):
             for suffix, content in ((".jpg", file), (".txt", f"photograph {i}".encode())):
@@ -83,38 +94,43 @@ def write_sources(files: list[bytes], folder: Path) -> dict[str, Path]:
     return {"webdataset": folder / "pairs.tar", "parquet": folder / "pairs.parquet", "folder": folder / "images"}
 
 
+def load_all(dataset: PairDataset) -> list[Any]:
+    """Return all samples of the first epoch."""
+    return [dataset[0, i] for i in range(len(dataset))]
+
+
+def make_calls(files: list[bytes], folder: Path) -> dict[str, Callable[[], Any]]:
+    """Return the pipelines by name, each a call that makes all training images once."""
+    augmentation = PretrainConfig(output_dir="none", train_data="none").augmentation
+    calls: dict[str, Callable[[], Any]] = {
+        "plain": lambda: [plain(file) for file in files],
+        "ours": lambda: [ours(file, augmentation) for file in files],
+    }
+    for kind, path in write_sources(files, folder).items():
+        config = PretrainConfig(output_dir="none", train_data=str(path))
+        dataset = PairDataset(open_pairs(config), config, SIZE)
+        calls[f"ours, {kind}"] = functools.partial(load_all, dataset)
+    return calls
+
+
 def main() -> int:
+    """Time all pipelines, print a table and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", type=int, default=200, help="number of images (default: 200)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of all pipelines (default: 7)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     files = photographs(arguments.images)
-    settings = PretrainConfig(output_dir="none", train_data="none").augmentation
-
-    def ours(file: bytes) -> torch.Tensor:
-        image = augment(open_image(file, 10**8), SIZE, settings, random.Random(0))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
     with tempfile.TemporaryDirectory() as folder:
-        calls = {"plain": lambda: [plain(file) for file in files], "ours": lambda: [ours(file) for file in files]}
-        for kind, path in write_sources(files, Path(folder)).items():
-            values = PretrainConfig(output_dir="none", train_data=str(path))
-            dataset = PairDataset(open_pairs(values), values, SIZE)
-            calls[f"ours, {kind}"] = lambda dataset=dataset: [dataset[0, i] for i in range(len(files))]
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(arguments.rounds):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                seconds[name].append(time.perf_counter() - start)
+        seconds = time_in_turns(make_calls(files, Path(folder)), arguments.rounds)
     results = []
     print(f"{'pipeline':<18} {'images/s':>9} {'ratio':>7}")
-    for name, measured in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds["plain"], measured, strict=True))
-        results.append({"name": name, "images_per_second": len(files) / statistics.median(measured), "ratio": ratio})
-        print(f"{name:<18} {results[-1]['images_per_second']:9.1f} {ratio:7.2f}")
+    for name, values in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds["plain"], values, strict=True))
+        rate = len(files) / statistics.median(values)
+        results.append({"name": name, "images_per_second": rate, "ratio": ratio})
+        print(f"{name:<18} {rate:9.1f} {ratio:7.2f}")
     if arguments.output:
         report = {"command": " ".join(sys.argv), "images": len(files), "results": results}
         arguments.output.write_text(json.dumps(report, indent=2) + "\n")

@@ -61,7 +61,7 @@ class EpochOrder:
             raise UserError(
                 f"The checkpoint has data order {version}; this program knows 1 and 2: continue it with a newer one."
             )
-        self.version = version
+        self.version, self._pairs, self._config = version, pairs, config
         self.excluded = np.unique(np.asarray(excluded, np.int64))
         self._order = (ArrayOrder if version == 1 else LazyOrder)(pairs, config, self.excluded)
 
@@ -70,6 +70,14 @@ class EpochOrder:
 
     def __call__(self, epoch: int) -> Indices:
         return self._order(epoch)
+
+    def with_version(self, version: int) -> EpochOrder:
+        """Return the order of the same pairs in another version.
+
+        Raises:
+            UserError: the version is unknown.
+        """
+        return EpochOrder(self._pairs, self._config, self.excluded, version)
 
 
 class PairSampler(Sampler):
@@ -118,6 +126,15 @@ class PairSampler(Sampler):
             for share in self._shares(epoch, position):
                 yield [(epoch, index) for index in share]
             epoch, position = epoch + 1, 0
+
+    def set_order_version(self, version: int) -> None:
+        """Change to the order that the run of a checkpoint began with.
+
+        Raises:
+            UserError: the version is unknown.
+        """
+        if isinstance(self.order, EpochOrder) and self.order.version != version:
+            self.order = self.order.with_version(version)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
         """Iterate over the global batches of an epoch from a step on."""

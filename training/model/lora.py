@@ -1,9 +1,9 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) on the encoders of a model whose weights stay as they are, through PEFT.
+"""Low-rank adapters (LoRA, Hu et al. 2021) on the encoders of a model whose weights stay fixed, through PEFT.
 
     accelerate launch training/pretrain.py --config RECIPE.yaml --model outputs/converted --lora.rank 8
 
-Beside the adapters, logit scale, bias and the objective's heads are trained. The finished model is written twice:
-merged, as any model, and in `adapter/` what was trained alone, for PEFT to put on the model that it was trained on.
+Besides the adapters, the logit scale, the logit bias and the objective's heads are trained. The finished model is saved
+twice: merged, like any model, and in `adapter/` the trained parameters alone, which PEFT puts on the original model.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 
 def add_adapters(model: AmorLIPModel, lora: LoraConfig, freeze: Iterable[str] = ()) -> PeftModel:
-    """Puts adapters into a model's encoders, in place, and freezes all else but logit scale and bias.
+    """Put adapters into a model's encoders, in place, and freeze everything else but the logit scale and bias.
 
     Args:
-        freeze: `"vision"` or `"text"`, an encoder to leave as it is.
+        model: the pretrained model.
+        lora: rank, layers and dropout of the adapters.
+        freeze: `"vision"` or `"text"`, an encoder that gets no adapters.
 
     Returns:
         PEFT's wrapper of the same model.
@@ -39,7 +41,7 @@ def add_adapters(model: AmorLIPModel, lora: LoraConfig, freeze: Iterable[str] = 
         UserError: PEFT is not installed, or `lora.target_modules` match no layer, or none that it can adapt.
     """
     try:
-        import peft  # late: no other run needs it
+        import peft  # only runs with adapters need it
     except ImportError:
         raise UserError('lora needs PEFT, which is not installed: pip install "amorlip[lora]", or peft.') from None
     sides = [side for side in ("vision", "text") if side not in freeze]
@@ -47,10 +49,10 @@ def add_adapters(model: AmorLIPModel, lora: LoraConfig, freeze: Iterable[str] = 
     for side in sides:
         encoder = model.get_submodule(f"{side}_model")
         if not any(re.fullmatch(rf"(.*\.)?({names})", name) for name, _ in encoder.named_modules()):
-            raise UserError(_no_match(lora, side, encoder))
+            raise UserError(_describe_mismatch(lora, side, encoder))
     config = peft.LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # fractions work, too
         lora_dropout=lora.dropout,
         target_modules=rf"({'|'.join(sides)})_model\.(.*\.)?({names})",
     )
@@ -64,7 +66,7 @@ def add_adapters(model: AmorLIPModel, lora: LoraConfig, freeze: Iterable[str] = 
     return adapted
 
 
-def _no_match(lora: LoraConfig, side: str, encoder: nn.Module) -> str:
+def _describe_mismatch(lora: LoraConfig, side: str, encoder: nn.Module) -> str:
     layers = {name.rpartition(".")[2] for name, m in encoder.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     return (
         f"lora.target_modules {lora.target_modules} match no layer of the {side} encoder, a {type(encoder).__name__}. "
@@ -74,15 +76,15 @@ def _no_match(lora: LoraConfig, side: str, encoder: nn.Module) -> str:
 
 
 def save_adapted(adapted: PeftModel, folder: Path) -> None:
-    """Writes the merged model into a folder and, into its `adapter/`, all that was trained; changes no weight.
+    """Save the merged model in a folder and the trained parameters alone in its `adapter/`; no weight changes.
 
     `PeftModel.from_pretrained(base, folder / "adapter")` gives the same embeddings, logits and log-partitions.
     """
     copy.deepcopy(adapted).merge_and_unload().save_pretrained(folder)
     folder = folder / "adapter"
-    adapted.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink()  # PEFT's form for a model card, not filled in
-    # PEFT saves layers only, but loads whatever has a name: logit scale, bias and heads are trained too.
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink()  # PEFT's template of a model card, not filled in
+    # PEFT saves layers only but loads every named parameter: logit scale, bias and heads are trained too.
     trained = {
         f"base_model.model.{name}": weight.contiguous()
         for name, weight in adapted.get_base_model().state_dict().items()

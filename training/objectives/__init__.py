@@ -1,4 +1,4 @@
-"""Training objectives: one interface (`base.ContrastiveObjective`), one line here each."""
+"""Training objectives by name. Each has a file and a line here; `base.ContrastiveObjective` is their interface."""
 
 from training.objectives.amorlip import AmorLIPObjective
 from training.objectives.base import ContrastiveObjective, ObjectiveOutput

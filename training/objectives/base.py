@@ -1,4 +1,4 @@
-"""What the trainer knows of an objective, and what objectives share."""
+"""The interface of objectives, and what several of them share."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from modeling_amorlip import AmorLIPAmortizer, AmorLIPConfig
+from modeling_amorlip.configuration_amorlip import AmorLIPAmortizerConfig
 from modeling_amorlip.distributed_amorlip import all_gather, all_reduce_mean_, world_size
+from modeling_amorlip.loss_amorlip import Negatives
 
 
 DECOUPLED = 1e-100
-"""Weight of the positive in a partition sum without it: nothing beside any negative, yet a lone pair stays finite."""
+"""Weight that removes the positive pair from a partition sum, yet keeps the sum of a batch of one pair finite."""
 
 
 @dataclass
 class ObjectiveOutput:
-    """`loss` [] with its graph, and `metrics`: detached scalars to log, left on their device."""
+    """The loss [] with its graph, and detached scalars to log, left on their device."""
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -29,26 +31,38 @@ class ObjectiveOutput:
 
 class ContrastiveObjective(nn.Module, ABC):
     """
-    A loss on a batch of embeddings, with whatever state it needs.
+    A loss on a batch of embeddings, with the state that it needs.
 
-    `Arguments` is the dataclass of its settings (`objective_args` of a recipe). State is what `state_dict` returns; it
-    travels in checkpoints, and is the same in every process. The loss is the mean over this process's pairs, its
-    gradient that of the mean over all processes after DDP's averaging.
+    `state_dict` holds all state; it is saved in checkpoints and is identical in all processes. The loss is the mean
+    over the pairs of this process. After DDP has averaged gradients over processes, they are those of the mean over all
+    pairs.
+
+    Args:
+        config: configuration of the model.
+        arguments: an instance of the class's `Arguments`.
+        negatives: `"global"` for the batches of all processes, `"local"` for this process's batch.
+        num_samples: number of pairs in the data, for state per pair.
+
+    Raises:
+        ValueError: settings contradict each other.
     """
 
     Arguments: ClassVar[type]
+    """Dataclass of the settings (`objective_args` in a recipe)."""
     model_defaults: ClassVar[dict[str, Any]] = {}
-    """Fields of a recipe that, where it does not set them, this objective sets otherwise than usual."""
-    amortizer: AmorLIPAmortizer | None = None
-    """Heads that the finished model is to carry, for objectives that train some."""
+    """Fields of a recipe with another default under this objective."""
 
-    def __init__(self, config: AmorLIPConfig, arguments, negatives: str = "global", num_samples: int = 0):
-        """`num_samples` is the size of the data set, for state a sample; raises ValueError on contradictions."""
+    def __init__(self, config: AmorLIPConfig, arguments: Any, negatives: Negatives = "global", num_samples: int = 0):
         super().__init__()
         self.config, self.arguments, self.negatives, self.num_samples = config, arguments, negatives, num_samples
 
+    @property
+    def amortizer(self) -> AmorLIPAmortizer | None:
+        """The heads that the saved model carries; None for an objective that trains none."""
+        return None
+
     def on_epoch_start(self, epoch: int, num_epochs: int) -> None:
-        """Called before the first step of every epoch (from 0)."""
+        """Prepare for an epoch (from 0), before its first step."""
 
     @abstractmethod
     def forward(
@@ -59,42 +73,68 @@ class ContrastiveObjective(nn.Module, ABC):
         logit_bias: Tensor | None = None,
         sample_ids: Tensor | None = None,
     ) -> ObjectiveOutput:
-        """[N, d], [N, d] unit-norm embeddings, scale and bias [], sample ids [N] -> loss and metrics."""
+        """Return the loss of a batch, and update the objective's own state.
+
+        Args:
+            image_embeds: [N, d], of unit norm.
+            text_embeds: [N, d], of unit norm.
+            logit_scale: [], the scale itself, not its logarithm.
+            logit_bias: [] or None.
+            sample_ids: int64 [N], index of each pair in the data.
+        """
 
     # -- shared by objectives ------------------------------------------------------------------------------------------
 
     def log_num_pairs(self, batch_size: int, positive_weight: float) -> float:
-        """Logarithm of the number of terms in a partition sum, the positive counting `positive_weight`."""
+        """Return the logarithm of the number of terms in a partition sum; the positive counts `positive_weight`."""
         processes = world_size() if self.negatives == "global" else 1
         return math.log(max(batch_size * processes - 1 + positive_weight, 1e-3))
 
     def new_amortizer(self) -> AmorLIPAmortizer:
-        """Heads as the model's configuration has them; raises ValueError where processes could not agree on them."""
+        """Return fresh heads of the model's configuration.
+
+        Raises:
+            ValueError: the heads collect embeddings, and processes would not see the same ones.
+        """
         amortizer = AmorLIPAmortizer(self.config)
         if amortizer.observes:
-            self.refuse_local_negatives(f"amortizer_config.head_type {self.config.amortizer_config.head_type!r}")
+            self.refuse_local_negatives(f"amortizer_config.head_type {head_type(self.config)!r}")
         return amortizer
 
     def refuse_local_negatives(self, setting: str) -> None:
-        """Raises ValueError where a setting that collects embeddings could not see every process's."""
+        """Raise ValueError if a setting that collects embeddings could not see those of all processes."""
         if self.negatives == "local" and world_size() > 1:
             raise ValueError(
                 f"{setting} collects embeddings, which every process must see: use negatives: global, or leave it out."
             )
 
-    def observe(self, amortizer: AmorLIPAmortizer, image_embeds: Tensor, text_embeds: Tensor, gathered_texts) -> None:
-        """Shows heads that collect embeddings those of all processes."""
+    def observe(
+        self, amortizer: AmorLIPAmortizer, image_embeds: Tensor, text_embeds: Tensor, gathered_texts: Tensor | None
+    ) -> None:
+        """Pass the embeddings of all processes to heads that collect embeddings.
+
+        Args:
+            amortizer: the heads; nothing happens if they collect none.
+            image_embeds, text_embeds: [N, d], this process's.
+            gathered_texts: text embeddings of all processes, None without gathering.
+        """
         if amortizer.observes:
             images = image_embeds.detach() if gathered_texts is None else all_gather(image_embeds)
             amortizer.observe(images, text_embeds.detach() if gathered_texts is None else gathered_texts)
 
 
+def head_type(config: AmorLIPConfig) -> str:
+    """Return the kind of the amortizer heads that a model's configuration names."""
+    assert isinstance(config.amortizer_config, AmorLIPAmortizerConfig)
+    return config.amortizer_config.head_type
+
+
 def fit(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], steps: int) -> None:
-    """Takes `steps` optimiser steps on a loss, with gradients averaged over processes."""
+    """Take `steps` optimizer steps on a loss of a module's parameters, with gradients averaged over processes."""
     parameters = list(module.parameters())
     with torch.enable_grad():
         for _ in range(steps):
-            gradients = torch.autograd.grad(loss(), parameters)
+            gradients = list(torch.autograd.grad(loss(), parameters))
             all_reduce_mean_(gradients)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient

@@ -1,78 +1,99 @@
-"""Complete, atomic checkpoints: written aside, flushed to disk, then renamed; with checksums, so that damage shows."""
+"""Complete, atomic checkpoints: written to a temporary folder, flushed to disk, then renamed; checksums show damage."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from transformers import ProcessorMixin
 
 from modeling_amorlip.cli_amorlip import UserError
+from training.run.train_state import TrainState
 
 
 STATE_FILE = "train_state.json"
+PROCESSOR_FOLDER = "processor"
+UNSUPPORTED = {
+    getattr(errno, name)
+    for name in ("ENOLCK", "ENOSYS", "EOPNOTSUPP", "ENOTSUP", "EINVAL", "EBADF", "EISDIR", "EACCES", "EPERM")
+}
+"""What file systems answer to a lock or a flush that they do not implement."""
 
 
-@dataclass
-class TrainState:
-    """Where a run stands; the position in the data follows from the step.
+@contextlib.contextmanager
+def explain_write_errors(
+    what: str, output_dir: Path, errors: tuple[type[Exception], ...] = (OSError, RuntimeError, SafetensorError)
+) -> Iterator[None]:
+    """Raise a `UserError` if the block cannot write (no space, no permission).
 
-    Attributes:
-        order_version: version of the data order (`training.data.order`); checkpoints without one have the first.
+    Args:
+        what: subject of the message, such as "The model".
+        output_dir: folder of the run; the message names its newest checkpoint.
+        errors: what counts as such. torch and safetensors wrap the system's error in errors of their own.
     """
-
-    step: int = 0
-    samples_seen: int = 0
-    num_processes: int = 1
-    global_batch_size: int = 0
-    skipped_steps: int = 0
-    best_value: float | None = None
-    order_version: int = 1
+    try:
+        yield
+    except errors as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise  # not from the system; Pillow raises such errors for broken images
+        saved = list_checkpoints(output_dir)
+        newest = f"{saved[-1].name} is whole" if saved else "There is no checkpoint"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{what} cannot be written to {output_dir}: {reason}. {newest}; make room or permit writing, then continue "
+            "with --resume_from_checkpoint latest."
+        ) from error
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, state: TrainState, keep_last: int, keep_every: int = 0
+    accelerator: Accelerator,
+    output_dir: Path,
+    state: TrainState,
+    processor: ProcessorMixin,
+    keep_last: int,
+    keep_every: int = 0,
 ) -> None:
-    """Writes `checkpoints/step_XXXXXXXX`, then removes old ones. All processes take part.
+    """Write `checkpoints/step_XXXXXXXX`, then remove old checkpoints. All processes must call this.
 
-    The newest `keep_last` stay, and those whose step is a multiple of `keep_every`, if it is not 0.
+    Args:
+        accelerator: holds the model, the optimizer and the objective.
+        output_dir: folder of the run.
+        state: position of the run.
+        processor: saved with the rest, so that a checkpoint can be resumed in another folder.
+        keep_last: number of newest checkpoints to keep.
+        keep_every: also keep checkpoints whose step is a multiple of this; 0 keeps no others.
 
     Raises:
-        UserError: it cannot be written (no space, no permission). Older checkpoints are as they were.
+        UserError: it cannot be written. Older checkpoints are unchanged then.
     """
     folder = output_dir / "checkpoints"
-    final, aside = folder / f"step_{state.step:08d}", folder / f".writing_{state.step:08d}"
+    final, temporary = folder / f"step_{state.step:08d}", folder / f".writing_{state.step:08d}"
     try:
-        if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(aside), safe_serialization=True)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            files = {file.relative_to(aside).as_posix(): _digest(file) for file in aside.rglob("*") if file.is_file()}
-            (aside / STATE_FILE).write_text(json.dumps({**asdict(state), "sha256": files}))
-            for file in aside.rglob("*"):
-                _flush(file)
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-            _flush(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the system says
-        shutil.rmtree(aside, ignore_errors=True)
-        saved = list_checkpoints(output_dir)
-        raise UserError(
-            f"The checkpoint of step {state.step} cannot be written to {folder}: {str(error).splitlines()[0]}. "
-            f"{f'{saved[-1].name} is whole' if saved else 'There is none before it'}; make room or permit writing, "
-            "then go on with --resume_from_checkpoint latest."
-        ) from error
+        with explain_write_errors(f"The checkpoint of step {state.step}", output_dir):
+            if accelerator.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            accelerator.wait_for_everyone()
+            accelerator.save_state(str(temporary), safe_serialization=True)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                processor.save_pretrained(temporary / PROCESSOR_FOLDER)
+                _publish(temporary, final, state)
+    except UserError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if accelerator.is_main_process:
         for old in list_checkpoints(output_dir)[:-keep_last]:
             if not (keep_every and int(old.name.removeprefix("step_")) % keep_every == 0):
@@ -80,28 +101,40 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
+def _publish(temporary: Path, final: Path, state: TrainState) -> None:
+    """Add state and checksums to a temporary folder, flush it to disk, and give it its final name."""
+    checksums = {
+        file.relative_to(temporary).as_posix(): _hash_file(file) for file in temporary.rglob("*") if file.is_file()
+    }
+    (temporary / STATE_FILE).write_text(json.dumps({**state.to_dict(), "sha256": checksums}))
+    for path in temporary.rglob("*"):
+        _flush(path)
+    _flush(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    _flush(final.parent)
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     return sorted(path.parent for path in (output_dir / "checkpoints").glob(f"step_*/{STATE_FILE}"))
 
 
 def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
-    """The folder that `resume_from_checkpoint` names; None for "latest" of a run that was stopped before its first.
+    """Return the folder that `resume_from_checkpoint` names.
+
+    Args:
+        output_dir: folder of the run.
+        resume_from: a checkpoint's folder, or "latest" for the newest whole one of the run.
+
+    Returns:
+        None for "latest" of a run that was stopped before its first checkpoint.
 
     Raises:
-        UserError: the folder is not a checkpoint, or "latest" of a run that never began.
+        UserError: the folder is not a whole checkpoint, or there is no run for "latest".
     """
     if resume_from == "latest":
-        if not output_dir.is_dir():
-            raise UserError(f"resume_from_checkpoint latest: {output_dir} does not exist; leave it out to start anew.")
-        if not (output_dir / "run_config.yaml").exists():
-            raise UserError(f"resume_from_checkpoint latest: {output_dir} holds no run; leave it out to start anew.")
-        for folder in reversed(list_checkpoints(output_dir)):
-            damage = find_damage(folder)
-            if damage is None:
-                return folder
-            print(f"Checkpoint {folder} is damaged ({damage}); trying the one before it.", file=sys.stderr)
-        return None
+        return _find_latest(output_dir)
     folder = Path(resume_from)
     if not (folder / STATE_FILE).is_file():
         raise UserError(
@@ -113,65 +146,108 @@ def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
     return folder
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint: a file that is missing, or not as it was written. None when all is well."""
-    try:
-        files = json.loads((folder / STATE_FILE).read_text())["sha256"]
-    except (OSError, ValueError, KeyError):
-        return f"{STATE_FILE} cannot be read"
-    for name, digest in files.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if _digest(folder / name) != digest:
-            return f"{name} is not as it was written"
+def _find_latest(output_dir: Path) -> Path | None:
+    if not output_dir.is_dir():
+        raise UserError(f"resume_from_checkpoint latest: {output_dir} does not exist; omit it to start a run.")
+    if not (output_dir / "run_config.yaml").exists():
+        raise UserError(f"resume_from_checkpoint latest: {output_dir} holds no run; omit it to start one.")
+    for folder in reversed(list_checkpoints(output_dir)):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        print(f"Checkpoint {folder} is damaged ({damage}); trying the one before it.", file=sys.stderr)
     return None
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, global_batch_size: int) -> TrainState:
-    """Restores model, optimiser, objective and random states from a checkpoint.
+def find_damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint (a missing or changed file), or None if it is whole."""
+    try:
+        checksums = json.loads((folder / STATE_FILE).read_text())["sha256"]
+    except (OSError, ValueError, KeyError):
+        return f"{STATE_FILE} cannot be read"
+    for name, checksum in checksums.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _hash_file(folder / name) != checksum:
+            return f"{name} has changed since it was written"
+    return None
 
-    Another number of processes may take over as long as the batch is as large; it draws other random numbers.
+
+def read_train_state(folder: Path) -> TrainState:
+    """Return the position of the run that a checkpoint holds."""
+    return TrainState.from_dict(json.loads((folder / STATE_FILE).read_text()))
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path, state: TrainState) -> TrainState:
+    """Restore model, optimizer, objective and random states, and return the position of the run.
+
+    Another number of processes may continue a run if the global batch size is the same; dropout then draws other random
+    numbers.
+
+    Args:
+        accelerator: holds the model, the optimizer and the objective.
+        folder: the checkpoint.
+        state: a fresh state, with the layout of this run.
 
     Raises:
-        UserError: the batch would be of another size, so that the position in the data were lost.
+        UserError: the global batch size differs, which would change the position in the data.
     """
-    values = json.loads((folder / STATE_FILE).read_text())
-    del values["sha256"]
-    state, processes = TrainState(**values), accelerator.num_processes
-    if state.global_batch_size != global_batch_size:
+    saved, processes = read_train_state(folder), accelerator.num_processes
+    if saved.global_batch_size != state.global_batch_size:
         raise UserError(
-            f"{folder} was written with {state.global_batch_size} pairs a step over {state.num_processes} processes, "
-            f"and this run has {global_batch_size} over {processes}: set per_device_train_batch_size to "
-            f"{state.global_batch_size / processes:g}."
+            f"{folder} was written with {saved.global_batch_size} pairs per step over {saved.num_processes} processes, "
+            f"but this run has {state.global_batch_size} over {processes}: set per_device_train_batch_size to "
+            f"{saved.global_batch_size / processes:g}."
         )
     accelerator.load_state(str(folder))
-    if state.num_processes != processes:
+    if saved.num_processes != processes:
         accelerator.print(
-            f"Resuming with {processes} processes a run of {state.num_processes}: the same samples and the same "
-            "mathematics, but other random numbers (dropout) and other rounding; not the same to the last bit."
+            f"A run of {saved.num_processes} processes continues with {processes}: the samples and the mathematics are "
+            "the same, but random numbers (dropout) and rounding differ; it is not the same to the last bit."
         )
-    state.num_processes = processes
-    return state
+    saved.num_processes, saved.steps_per_epoch = processes, state.steps_per_epoch
+    return saved
+
+
+def find_processor(checkpoint: Path, output_dir: Path) -> Path:
+    """Return the folder with the processor of a resumed run: the checkpoint's, its run's, or the output folder's."""
+    candidates = (checkpoint / PROCESSOR_FOLDER, checkpoint.parent.parent, output_dir)
+    for folder in candidates:
+        if (folder / "tokenizer_config.json").is_file():
+            return folder
+    raise UserError(
+        f"The tokenizer of {checkpoint} is neither in it nor in {candidates[1]}: copy the tokenizer files of the run "
+        f"to {candidates[0]}."
+    )
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Claims a folder for as long as the returned file stays open; raises `UserError` when another run has it."""
+    """Claim a folder for as long as the returned file stays open.
+
+    Raises:
+        UserError: another run has it.
+    """
     file = (folder / ".lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         owner = file.read().strip()
+        file.close()
         raise UserError(
             f"output_dir {folder} is in use by another run (process {owner}): wait for it, or choose another folder."
         ) from None
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _warn_once(f"The file system of {folder} has no locks ({error.strerror}): start only one run in this folder.")
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
     return file
 
 
-def _digest(file: Path) -> str:
+def _hash_file(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(2**20):
@@ -180,9 +256,23 @@ def _digest(file: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file or folder is on the disk, if its file system can tell."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        kind = "folders" if path.is_dir() else "files"
+        _warn_once(
+            f"The file system cannot flush {kind} to disk ({error.strerror}): after a power failure the newest "
+            "checkpoint may be damaged, which its checksums would show."
+        )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    print(message, file=sys.stderr)

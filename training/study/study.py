@@ -1,28 +1,29 @@
-"""Compares objectives: methods x batch sizes x seeds, tuned with the same budget each, into one table and plots.
+"""Compare objectives over batch sizes and seeds, each tuned with the same budget, in one table and plots.
 
-    python training/study/study.py --config training/study/study_demo.yaml --output_dir outputs/study
+    python training/study/study.py --config training/study/study_demo.yaml --output_dir outputs/study_demo
     python training/study/study.py --config training/study/study.yaml --data_dir DATA --output_dir outputs/study \\
         --only tune
-    python training/study/study.py ... --only table     # of what is there so far
+    python training/study/study.py --config training/study/study.yaml --data_dir DATA --output_dir outputs/study \\
+        --only table
 
-A study is one YAML, the fields of `Study`. Each run is a process of training/pretrain.py on one thread, `jobs` of them
-at a time. The same command again goes on where it stopped: runs that are done stay, one that was cut off resumes.
+A study is one YAML file with the fields of `Study` in training/study/study_config.py. Each run is a process of
+training/pretrain.py on one thread, with `jobs` runs at a time. Repeat the command to continue a study that was stopped:
+finished runs are kept, and an unfinished run resumes from its checkpoint.
 
-1. Tuning: every method's grid, all of the same size, at one batch size and seed. The setting whose mean score over the
-   `development` tasks is highest is the method's.
-2. Report: that setting over all batch sizes and seeds, scored on the `report` tasks, which had no part in the choice.
+1. Tuning: every method tries the settings of its grid, equally many for all, at one batch size and seed. The setting
+   with the highest mean over the `development` tasks is chosen.
+2. Report: the chosen setting runs at all batch sizes and seeds, scored on the `report` tasks, which have no part in the
+   choice.
 
-Every run sees the same number of samples, whatever its batch size; AdamW's learning rates follow the square root of the
-batch size (Malladi et al. 2022). `output_dir` gets runs/, table.md, results.csv, results.json and plots.
+Every run sees the same number of samples at every batch size. AdamW's learning rates scale with the square root of the
+batch size (Malladi et al. 2022). `output_dir` receives runs/, table.md, results.csv, results.json and plots.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -32,9 +33,8 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -43,101 +43,59 @@ import yaml
 
 from eval.tasks import ROOT, Task, select_tasks
 from modeling_amorlip.cli_amorlip import UserError, cli_entry_point
-from training.config import PretrainConfig, build, unknown_name
-from training.study.study_results import draw_results, gains_table, measure, results_table, score
+from training.config import PretrainConfig
+from training.study.study_config import Study, read_study
+from training.study.study_results import (
+    Results,
+    Run,
+    RunResult,
+    draw_results,
+    gains_table,
+    results_json,
+    results_table,
+    write_csv,
+)
 
 
 SCALED_WITH_BATCH = ("learning_rate", "logit_scale_learning_rate")
 
 
-@dataclass
-class Method:
-    """A row of the table; `grid` lists values of further fields to tune, beside the study's own grid."""
-
-    objective: str
-    objective_args: dict = field(default_factory=dict)
-    amortizer_config: dict = field(default_factory=dict)
-    grid: dict[str, list] = field(default_factory=dict)
-    batch_sizes: list[int] = field(default_factory=list)  # else the study's
-
-
-@dataclass
-class Study:
-    """What is compared, on what, how often. Fields of recipes are named as on training's command line."""
-
-    recipe: str  # what all runs have in common
-    samples_per_epoch: int  # a multiple of every batch size, near the size of the training set
-    methods: dict[str, Method]
-    development: list[str]  # tasks that settings are chosen on
-    report: list[str]  # tasks that the table is about
-    overrides: dict = field(default_factory=dict)  # of the recipe
-    tasks: str | None = None  # YAML of tasks beside those of eval/tasks.yaml, whose paths start from --data_dir
-    baseline: str = "clip"  # method that differences are to
-    subject: str | None = None  # method whose gains over every other one are a table of their own
-    batch_sizes: list[int] = field(default_factory=lambda: [64])
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    grid: dict[str, list] = field(default_factory=dict)  # values to tune, for every method
-    tuning_batch_size: int = 64
-    tuning_seed: int = 0
-    warmup_samples: int = 0
-    evaluations: int = 0  # during a run, for the curve of accuracy
-    jobs: int = 2  # runs at a time
-
-    def __post_init__(self):
-        self.methods = {name: build(Method, values, f"methods.{name}.") for name, values in self.methods.items()}
-        for name in ("baseline", "subject"):
-            if (value := getattr(self, name)) is not None and value not in self.methods:
-                raise UserError(unknown_name(name, value, list(self.methods)))
-        budgets = {name: len(self.settings(name)) for name in self.methods}
-        if len(set(budgets.values())) > 1:
-            sizes = ", ".join(f"{name} {size}" for name, size in budgets.items())
-            raise UserError(f"Every method must be tuned with the same budget; settings in their grids: {sizes}.")
-        for size in {self.tuning_batch_size, *itertools.chain(*map(self.sizes, self.methods))}:
-            if self.samples_per_epoch % size:
-                raise UserError(f"samples_per_epoch {self.samples_per_epoch} is no multiple of the batch size {size}.")
-
-    def sizes(self, method: str) -> list[int]:
-        return self.methods[method].batch_sizes or self.batch_sizes
-
-    def settings(self, method: str) -> list[dict[str, Any]]:
-        """A method's grid, spelled out: its own values take the place of the study's of the same name."""
-        grid = self.grid | self.methods[method].grid
-        return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-
-
-class Run(NamedTuple):
-    method: str
-    setting: int  # which of the method's grid
-    batch_size: int
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}-setting{self.setting}-batch{self.batch_size}-seed{self.seed}"
-
-
 class Harness:
-    """Runs of a study in a folder: what is to be done, what is there."""
+    """The runs of a study in a folder: lists them, executes the missing ones and reports on the finished ones."""
 
-    def __init__(self, study: Study, output_dir: Path, data_dir: Path):
+    def __init__(self, study: Study, output_dir: Path, data_dir: Path) -> None:
         self.study, self.output_dir, self.data_dir = study, output_dir.resolve(), data_dir.resolve()
-        known = {task.name: task for task in select_tasks([study.tasks])} if study.tasks else {}
+        own = {task.name: task for task in select_tasks([str(ROOT / study.tasks)])} if study.tasks else {}
         self.tasks = {
-            name: self._at_home(known[name] if name in known else select_tasks([name])[0])
+            name: self._with_absolute_paths(own[name] if name in own else select_tasks([name])[0])
             for name in (*study.development, *study.report)
         }
-        self.processes: set[subprocess.Popen] = set()
+        self.processes: set[subprocess.Popen[bytes]] = set()
 
-    def _at_home(self, task: Task) -> Task:
-        """The task with paths that do not depend on where it is read."""
+    def _with_absolute_paths(self, task: Task) -> Task:
         if not task.data:
-            raise UserError(f"Task {task.name}: a study's tasks need a parquet file as data.")
-        paths = {name: str(self.data_dir / getattr(task, name)) for name in ("data", "texts") if getattr(task, name)}
-        return dataclasses.replace(task, **paths, pixel_reference=None)
+            raise UserError(f"Task {task.name}: a study needs tasks whose data is a parquet file.")
+        texts = str(self.data_dir / task.texts) if task.texts else None
+        return dataclasses.replace(task, data=str(self.data_dir / task.data), texts=texts)
 
-    # -- runs ----------------------------------------------------------------------------------------------------------
+    def folder(self, run: Run) -> Path:
+        """Return the output_dir of a run."""
+        return self.output_dir / "runs" / run.name
+
+    def result(self, run: Run) -> RunResult | None:
+        """Return the result of a run, or None while it is not finished."""
+        path = self.folder(run) / "result.json"
+        return RunResult(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+    def results(self, runs: list[Run]) -> Results:
+        """Return the results of those runs that are finished."""
+        results = {run: self.result(run) for run in runs}
+        return {run: result for run, result in results.items() if result is not None}
+
+    # Runs
 
     def tuning_runs(self) -> list[Run]:
+        """Return one run per setting, for methods with several settings."""
         study = self.study
         return [
             Run(method, setting, study.tuning_batch_size, study.tuning_seed)
@@ -147,39 +105,34 @@ class Harness:
         ]
 
     def report_runs(self) -> list[Run]:
-        """Seed by seed, so that a study that is cut short has compared all methods."""
-        sizes = sorted({size for method in self.study.methods for size in self.study.sizes(method)})
-        chosen = {method: self.choose(method) for method in self.study.methods}
+        """Return the runs of all tuned methods, ordered by seed so that an unfinished study compares all methods."""
+        sizes = sorted({size for method in self.study.methods for size in self.study.batch_sizes_of(method)})
+        chosen = {method: self.best_setting(method) for method in self.study.methods}
         return [
-            Run(method, chosen[method], size, seed)
+            Run(method, setting, size, seed)
             for seed in self.study.seeds
             for size in sizes
-            for method in self.study.methods
-            if size in self.study.sizes(method) and chosen[method] is not None
+            for method, setting in chosen.items()
+            if setting is not None and size in self.study.batch_sizes_of(method)
         ]
 
-    def choose(self, method: str) -> int | None:
-        """The setting that tuning found best; None as long as a tuning run is missing."""
+    def best_setting(self, method: str) -> int | None:
+        """Return the setting with the highest development score, or None while a tuning run is missing."""
         runs = [run for run in self.tuning_runs() if run.method == method]
-        results = [self.result(run) for run in runs]
         if not runs:
             return 0
-        if None in results:
+        results = self.results(runs)
+        if len(results) < len(runs):
             return None
-        return runs[max(range(len(runs)), key=lambda i: score(results[i], self.study.development))].setting
+        return max(runs, key=lambda run: results[run].score(self.study.development)).setting
 
-    def recipe(self, run: Run) -> dict:
-        """The complete recipe of a run."""
+    def recipe(self, run: Run) -> dict[str, Any]:
+        """Return the complete recipe of a run."""
         study, method = self.study, self.study.methods[run.method]
         values = yaml.safe_load((ROOT / study.recipe).read_text(encoding="utf-8"))
-        setting = study.settings(run.method)[run.setting]
         own = {name: getattr(method, name) for name in ("objective", "objective_args", "amortizer_config")}
-        for name, value in {**study.overrides, **own, **setting}.items():
-            *parents, leaf = name.split(".")
-            target = values
-            for parent in parents:
-                target = target.setdefault(parent, {})
-            target[leaf] = copy.deepcopy(value)
+        for name, value in {**study.overrides, **own, **study.settings(run.method)[run.setting]}.items():
+            _set_dotted(values, name, copy.deepcopy(value))
         for name in SCALED_WITH_BATCH:
             rate = float(values.get(name, getattr(PretrainConfig, name)))
             values[name] = rate * math.sqrt(run.batch_size / study.tuning_batch_size)
@@ -191,59 +144,62 @@ class Harness:
             "per_device_train_batch_size": run.batch_size,
             "warmup_steps": study.warmup_samples // run.batch_size,
             "seed": run.seed,
-            "eval_tasks": [str(self._task_file(task)) for task in self.tasks.values()] if study.evaluations else [],
+            "eval_tasks": [str(self._write_task(task)) for task in self.tasks.values()] if study.evaluations else [],
             "eval_every": steps // (study.evaluations + 1) if study.evaluations else 0,
         }
         return values
 
-    def folder(self, run: Run) -> Path:
-        return self.output_dir / "runs" / run.name
-
-    def _task_file(self, task: Task) -> Path:
+    def _write_task(self, task: Task) -> Path:
+        """Write a task with absolute paths as a YAML file, which training can evaluate."""
         path = self.output_dir / "tasks" / f"{task.name}.yaml"
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(task).items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, yaml.safe_dump({values.pop("name"): values}))
         return path
 
-    def do(self, runs: list[Run]) -> list[Run]:
-        """Does what is not done of these runs, `jobs` at a time; returns those that failed."""
-        left = [run for run in dict.fromkeys(runs) if self.result(run) is None]
-        print(f"{len(runs)} runs, {len(left)} of them to do, {self.study.jobs} at a time", flush=True)
+    # Execution
+
+    def run_missing(self, runs: list[Run]) -> list[Run]:
+        """Execute those runs that have no result, `jobs` at a time, and return the runs that failed."""
+        missing = [run for run in dict.fromkeys(runs) if self.result(run) is None]
+        print(f"{len(runs)} runs, {len(missing)} to do, {self.study.jobs} at a time", flush=True)
         with ThreadPoolExecutor(self.study.jobs) as pool:
             try:
-                done = list(pool.map(self._do_one, left))
+                successes = list(pool.map(self._execute, missing))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in list(self.processes):
-                    process.terminate()  # it saves a checkpoint
+                    process.terminate()  # training then saves a checkpoint
                 raise
-        return [run for run, successful in zip(left, done, strict=True) if not successful]
+        return [run for run, success in zip(missing, successes, strict=True) if not success]
 
-    def _do_one(self, run: Run) -> bool:
+    def _execute(self, run: Run) -> bool:
+        """Train and measure one run; return whether it succeeded."""
         folder = self.folder(run)
-        recipe, log = (folder.parent / f"{run.name}.{kind}" for kind in ("yaml", "log"))
-        wanted = yaml.safe_dump(self.recipe(run), sort_keys=False)
-        if folder.exists() and (not recipe.exists() or recipe.read_text(encoding="utf-8") != wanted):
-            print(f"failed: {folder} was made with other settings; remove it, or name another --output_dir", flush=True)
+        recipe_path, log = (folder.parent / f"{run.name}.{suffix}" for suffix in ("yaml", "log"))
+        recipe = yaml.safe_dump(self.recipe(run), sort_keys=False)
+        if folder.exists() and (not recipe_path.exists() or recipe_path.read_text(encoding="utf-8") != recipe):
+            print(
+                f"failed: {folder} holds a run with other settings; remove it or choose another --output_dir",
+                flush=True,
+            )
             return False
         folder.mkdir(parents=True, exist_ok=True)
-        _write(recipe, wanted)
-        train = [sys.executable, str(ROOT / "training/pretrain.py"), "--config", str(recipe)]
-        if (folder / "run_config.yaml").exists():
-            train += ["--resume_from_checkpoint", "latest"]
-        if not self._call(train, log):
+        _write(recipe_path, recipe)
+        if not self._train(recipe_path, folder, log):
             print(f"failed: {run.name}; see {log}", flush=True)
             return False
-        tasks = list(self.tasks.values())
-        result = measure(folder, tasks, self.study.report, self.study.tuning_batch_size)
-        _write(folder / "result.json", json.dumps(result, indent=2) + "\n")
+        _write(folder / "result.json", json.dumps(dataclasses.asdict(self._measure(folder)), indent=2) + "\n")
         for leftover in ("checkpoints", "best"):
             shutil.rmtree(folder / leftover, ignore_errors=True)
         print(f"done:   {run.name}", flush=True)
         return True
 
-    def _call(self, command: list[str], log: Path) -> bool:
+    def _train(self, recipe: Path, folder: Path, log: Path) -> bool:
+        """Start or resume training in a process of its own; return whether it reached the end."""
+        command = [sys.executable, str(ROOT / "training/pretrain.py"), "--config", str(recipe)]
+        if (folder / "run_config.yaml").exists():
+            command += ["--resume_from_checkpoint", "latest"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with log.open("a") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, env=environment)
@@ -253,79 +209,71 @@ class Harness:
             finally:
                 self.processes.discard(process)
 
-    # -- results -------------------------------------------------------------------------------------------------------
+    def _measure(self, folder: Path) -> RunResult:
+        from training.study.study_measure import measure  # imports torch, which tables do not need
 
-    def result(self, run: Run) -> dict | None:
-        path = self.folder(run) / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    def report(self) -> str:
-        """Writes table, raw results and plots of the runs that are done; returns the table."""
         study = self.study
-        runs = [run for run in self.report_runs() if self.result(run) is not None]
-        if not runs:
-            return "No run of the report is done yet."
-        results = {(run.method, run.batch_size, run.seed): self.result(run) for run in runs}
-        table = results_table(results, study.development, study.report, study.baseline)
+        return measure(folder, list(self.tasks.values()), study.report, study.tuning_batch_size, study.partition_pairs)
+
+    # Results
+
+    def write_report(self) -> str:
+        """Write the table, raw results and plots of the finished runs, and return the table."""
+        study, report = self.study, self.results(self.report_runs())
+        if not report:
+            return "No run of the report is finished."
+        table = results_table(report, study.development, study.report, study.baseline)
         if study.subject:
-            table += "\n\n" + gains_table(results, study.subject, study.report)
-        settings = {m: study.settings(m)[k] for m in study.methods if (k := self.choose(m)) is not None}
+            table += "\n\n" + gains_table(report, study.subject, study.report)
         _write(self.output_dir / "table.md", table + "\n")
-        tuned = [run for run in self.tuning_runs() if self.result(run) is not None]
-        phases = f'"tuning": [\n{self._rows(tuned)}\n],\n"report": [\n{self._rows(runs)}\n]'
-        _write(self.output_dir / "results.json", f'{{"chosen": {json.dumps(settings)},\n{phases}}}\n')
-        with (self.output_dir / "results.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["phase", *Run._fields, "task", "scoring", "value"])
-            for phase, some in (("tuning", tuned), ("report", runs)):
-                for run in some:
-                    for task, values in self.result(run)["tasks"].items():
-                        writer.writerows([phase, *run, task, scoring, value] for scoring, value in values.items())
-        draw_results({run: (self.folder(run), self.result(run)) for run in runs}, study.report, self.output_dir)
+        best = {method: self.best_setting(method) for method in study.methods}
+        chosen = {method: study.settings(method)[setting] for method, setting in best.items() if setting is not None}
+        tuning = self.results(self.tuning_runs())
+        _write(self.output_dir / "results.json", results_json(chosen, tuning, report))
+        write_csv(self.output_dir / "results.csv", tuning, report)
+        draw_results(report, {run: self.folder(run) for run in report}, study.report, self.output_dir)
         return table
 
-    def _rows(self, runs: list[Run]) -> str:
-        """JSON, a line a run."""
-        return ",\n".join(json.dumps(run._asdict() | self.result(run)) for run in runs)
+
+def _set_dotted(values: dict[str, Any], name: str, value: Any) -> None:
+    """Set a member of nested mappings by its dotted name."""
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+    values[leaf] = value
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or as it was."""
-    aside = path.with_name(f".{path.name}.{threading.get_ident()}")  # runs beside each other write the same tasks
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    """Replace a file atomically. The name of the temporary file holds the thread, since runs write the same tasks."""
+    temporary = path.with_name(f".{path.name}.{threading.get_ident()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
-def read_study(path: Path) -> Study:
-    """Raises `UserError` on whatever is wrong with the file."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return build(Study, values)
-    except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, TypeError, AttributeError) as error:
-        raise UserError(f"--config {path} is not a study: {error}") from None
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the study")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for runs, table and plots")
+    parser.add_argument("--data_dir", type=Path, default=ROOT, help="folder that data paths start from (the checkout)")
+    parser.add_argument("--jobs", type=int, help="concurrent runs (default: the study's)")
+    parser.add_argument("--only", choices=("tune", "report", "table"), help="only this part (default: all parts)")
+    return parser.parse_args()
 
 
 @cli_entry_point
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML of the study")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for runs, table and plots")
-    parser.add_argument("--data_dir", type=Path, default=ROOT, help="folder that paths of data start from")
-    parser.add_argument("--jobs", type=int, help="runs at a time, else the study's")
-    parser.add_argument("--only", choices=("tune", "report", "table"), help="do this part only")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    failed = []
+    """Execute the missing runs of a study and print its table."""
+    arguments = parse_arguments()
     study = read_study(arguments.config)
     study.jobs = arguments.jobs or study.jobs
     harness = Harness(study, arguments.output_dir, arguments.data_dir)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    failed = []
     if arguments.only in (None, "tune"):
-        failed += harness.do(harness.tuning_runs())
+        failed += harness.run_missing(harness.tuning_runs())
     if arguments.only in (None, "report"):
-        failed += harness.do(harness.report_runs())
-    print(harness.report())
+        failed += harness.run_missing(harness.report_runs())
+    print(harness.write_report())
     return int(bool(failed))
 
 

@@ -1,174 +1,178 @@
-"""What a study's runs come to: the measurements of one run, and tables and plots over many."""
+"""Tables and plots of the runs of a study."""
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import json
 import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-
-import yaml
+from typing import Any, NamedTuple
 
 from eval.compare import mean_and_deviation
 from eval.plots import lines_with_bands, training_curves
-from eval.tasks import Task
 
 
-def measure(folder: Path, tasks: list[Task], calibrated: list[str], batch_size: int) -> dict:
-    """The result of a finished training run.
+class Run(NamedTuple):
+    """One training run: a method with one setting of its grid, at a batch size, with a seed."""
 
-    Args:
-        tasks: with paths that are complete. calibrated: names of those to fit heads to.
-        batch_size: of the batch estimate that the heads are compared with.
+    method: str
+    setting: int
+    batch_size: int
+    seed: int
 
-    Returns:
-        "tasks": main metrics as fractions, {task: {scoring: value}}; "curve": the same by cosine during training;
-        "partition": the heads' error against the exact log-partitions over the training set, see
-        training/benchmarks/heads.py; "logit_scale": at the end; "calibrated": what eval/apps/calibrate.py brings where
-        it is fitted to a half of a task's images, 1000 at most, accuracies over the others, {task: {scoring: value}}.
-    """
-    import datasets  # late, with torch below: a study that only writes its table need not wait for them
-    import torch
-
-    from eval.apps.calibrate import calibrate
-    from eval.data import find_data
-    from eval.models import load_model
-    from eval.runner import evaluate_task
-    from modeling_amorlip.configuration_amorlip import AmorLIPAmortizerConfig
-    from modeling_amorlip.embedder_amorlip import encode_images, encode_texts
-    from training.benchmarks.heads import batch_error, error, exact_log_partitions
-
-    torch.set_num_threads(1)
-    model, processor = load_model(str(folder))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    result, sizes = {"tasks": {}, "curve": _curve(folder, tasks)}, {}
-    for task in tasks:
-        entry = evaluate_task(model, processor, task, scorings=("cosine", "gallery"), resamples=0)
-        values, sizes[task] = {"cosine": entry["metrics"], **entry["scoring"]}, entry["num_samples"]
-        result["tasks"][task.name] = {name: metrics[task.main_metric]["value"] for name, metrics in values.items()}
-
-    recipe = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))["arguments"]
-    rows = datasets.load_dataset("parquet", data_files=recipe["train_data"], split="train")
-    x = encode_images(model, processor, (row[recipe["image_column"]] for row in rows))
-    y = encode_texts(model, processor, list(rows[recipe["caption_column"]]))
-    scale = model.logit_scale.detach().exp().cpu()
-    exact = exact_log_partitions(x, y, scale)
-    result["partition"] = {
-        "spread": error(torch.zeros_like(exact), exact),
-        "batch_error": batch_error(x, y, scale, exact, batch_size),
-    }
-    last = _lines(folder / "metrics.jsonl")[-1]
-    if last.get("partition_error"):  # 0 where no heads are fitted
-        with torch.no_grad():
-            predictions = torch.stack(model.amortizer.cpu()(x, y, scale))
-        result["partition"]["head_error"] = error(predictions, exact)
-        result["partition"]["head_bias"] = (predictions - exact).mean().item()
-    heads = AmorLIPAmortizerConfig(head_type="prototype", size=256)
-    result["calibrated"] = {
-        task.name: calibrate(model, processor, find_data(task, folder), heads, min(1000, size // 2), steps=300)
-        for task, size in sizes.items()
-        if task.name in calibrated
-    }
-    return result | {"logit_scale": scale.item(), "samples_seen": last["samples_seen"]}
+    @property
+    def name(self) -> str:
+        return f"{self.method}-setting{self.setting}-batch{self.batch_size}-seed{self.seed}"
 
 
-def _curve(folder: Path, tasks: list[Task]) -> list[dict]:
-    """[{"samples_seen", task: main metric, ...}, ...] of the evaluations that training did."""
-    config = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))["arguments"]
-    file, points = folder / "eval.jsonl", {}
-    for line in _lines(file) if file.exists() else []:
-        found = {(r["task"], r["metric"]): r["value"] for r in line["results"]}
-        values = {task.name: found[task.name, task.main_metric] for task in tasks}
-        points[line["step"]] = {"samples_seen": line["step"] * config["per_device_train_batch_size"], **values}
-    return list(points.values())
-
-
-def results_table(
-    results: dict[tuple[str, int, int], dict], development: list[str], report: list[str], baseline: str
-) -> str:
-    """A Markdown table, a row a method and batch size: per cent, mean ± standard deviation over seeds.
-
-    `mean` is that of the report tasks; `over ...` is paired by seed, its lowest seed in brackets. `gallery` are points
-    that scoring with exact partition functions adds to the mean. `half, exact` and `half, amortized` are the same over
-    the half of each gallery's images that heads were not fitted to, by exact partitions and by those heads. `head /
-    batch` is the error of the heads at the end of training, relative to that of a batch's own estimate.
+@dataclass
+class RunResult:
+    """Measurements of one run.
 
     Args:
-        results: of `measure`, by method, batch size and seed.
+        tasks: main metrics as fractions, {task: {scoring: value}}.
+        curve: main metrics by cosine during training, [{"samples_seen": ..., task: value}, ...].
+        partition: "spread" of the exact log-partitions over the training set, and the errors of a batch's estimate and
+            of the fitted heads against them, in nats.
+        calibrated: accuracies with heads that eval/apps/calibrate.py fits to half of a task's images (at most 1000),
+            over the other images, {task: {scoring: value}}.
+        logit_scale: logit scale at the end of training.
+        samples_seen: training pairs seen.
     """
-    extra = [name for name in report if len(report) > 1]
-    titles = ["batch", "method", "seeds", "development", *extra, "mean"]
-    titles += [f"over {baseline}, %", "gallery", "half, exact", "half, amortized", "head / batch", "logit scale"]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for size in sorted({key[1] for key in results}):
-        for method in dict.fromkeys(key[0] for key in results if key[1] == size):
-            runs = [result for key, result in results.items() if key[:2] == (method, size)]
-            partitions = [run["partition"] for run in runs]
-            ratios = [part["head_error"] / part["batch_error"] for part in partitions if "head_error" in part]
-            groups = (development, *([task] for task in extra), report)
-            added = [[score(run, report, "gallery") - score(run, report) for run in runs]]
-            for scoring in ("gallery", "amortized"):
-                calibrated = ([run["calibrated"][task] for task in report] for run in runs)
-                added.append([100 * statistics.mean(v[scoring] - v["cosine"] for v in values) for values in calibrated])
-            cells = [size, method, len(runs)]
-            cells += [mean_and_deviation([score(run, tasks) for run in runs]) for tasks in groups]
-            cells += [_gain(results, method, baseline, size, report) if method != baseline else ""]
-            cells += map(mean_and_deviation, added)
-            cells += [mean_and_deviation(ratios) if ratios else ""]
-            cells += [f"{statistics.mean(run['logit_scale'] for run in runs):.1f}"]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+
+    tasks: dict[str, dict[str, float]]
+    curve: list[dict[str, float]]
+    partition: dict[str, float]
+    calibrated: dict[str, dict[str, float]]
+    logit_scale: float
+    samples_seen: int
+
+    def score(self, tasks: list[str], scoring: str = "cosine") -> float:
+        """Return the mean main metric of the tasks, in percent."""
+        return 100 * statistics.mean(self.tasks[task][scoring] for task in tasks)
+
+    def calibration_gain(self, tasks: list[str], scoring: str) -> float:
+        """Return the mean gain of a scoring over cosine with calibrated heads, in points."""
+        return 100 * statistics.mean(self.calibrated[task][scoring] - self.calibrated[task]["cosine"] for task in tasks)
+
+
+Results = Mapping[Run, RunResult]
+
+
+def results_table(results: Results, development: list[str], report: list[str], baseline: str) -> str:
+    """Return a Markdown table with one row per method and batch size: percent, mean ± standard deviation over seeds.
+
+    Columns: `mean` is the mean of the report tasks. `over ...` is the relative gain, paired by seed, with the lowest
+    seed in parentheses. `gallery` is the gain of scoring with exact partition functions over the mean, in points.
+    `half, exact` and `half, amortized` are such gains over the half of each gallery that heads were not fitted to, with
+    exact partition functions and with these heads. `head / batch` is the error of the heads at the end of training
+    divided by the error of a batch's own estimate.
+    """
+    tasks = report if len(report) > 1 else []
+    titles = ["batch", "method", "seeds", "development", *tasks, "mean", f"over {baseline}, %"]
+    titles += ["gallery", "half, exact", "half, amortized", "head / batch", "logit scale"]
+    lines = [_row(titles), "|---" * len(titles) + "|"]
+    for size in _batch_sizes(results):
+        for method in dict.fromkeys(run.method for run in results if run.batch_size == size):
+            runs = [result for run, result in results.items() if (run.method, run.batch_size) == (method, size)]
+            gain = _gain(results, method, baseline, size, report) if method != baseline else ""
+            cells = [size, method, len(runs), *_score_cells(runs, development, tasks, report), gain]
+            lines.append(_row(cells + _partition_cells(runs, report)))
     return "\n".join(lines)
 
 
-def gains_table(results: dict[tuple[str, int, int], dict], subject: str, report: list[str]) -> str:
-    """A Markdown table of what one method gains over each other, a row a method, a column a batch size.
+def gains_table(results: Results, subject: str, report: list[str]) -> str:
+    """Return a Markdown table of one method's gains over every other: a row per method, a column per batch size.
 
-    Per cent of the report tasks' mean, paired by seed: mean ± standard deviation, in brackets the lowest seed's.
+    Percent of the mean of the report tasks, paired by seed: mean ± standard deviation, in parentheses the lowest seed.
     """
-    sizes = sorted({key[1] for key in results})
-    lines = [f"| {subject} over | " + " | ".join(f"batch {size}, %" for size in sizes) + " |"]
-    lines += ["|---" * (1 + len(sizes)) + "|"]
-    for method in dict.fromkeys(key[0] for key in results if key[0] != subject):
-        gains = (_gain(results, subject, method, size, report) for size in sizes)
-        lines.append(f"| {method} | " + " | ".join(gains) + " |")
+    sizes = _batch_sizes(results)
+    lines = [_row([f"{subject} over", *(f"batch {size}, %" for size in sizes)]), "|---" * (1 + len(sizes)) + "|"]
+    for method in dict.fromkeys(run.method for run in results if run.method != subject):
+        lines.append(_row([method, *(_gain(results, subject, method, size, report) for size in sizes)]))
     return "\n".join(lines)
 
 
-def score(result: dict, tasks: list[str], scoring: str = "cosine") -> float:
-    """Mean main metric of a run's tasks, in per cent."""
-    return 100 * statistics.mean(result["tasks"][task][scoring] for task in tasks)
+def _row(cells: list[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def _gain(results: dict, method: str, baseline: str, size: int, report: list[str]) -> str:
-    """What a method gains over another, over the seeds that both have."""
-    bases = {key[2]: score(result, report) for key, result in results.items() if key[:2] == (baseline, size)}
-    gains = [
-        100 * (score(result, report) / bases[key[2]] - 1)
-        for key, result in results.items()
-        if key[:2] == (method, size) and bases.get(key[2])
+def _batch_sizes(results: Results) -> list[int]:
+    return sorted({run.batch_size for run in results})
+
+
+def _score_cells(runs: list[RunResult], development: list[str], tasks: list[str], report: list[str]) -> list[str]:
+    """Return the means of the development tasks, of each single task, and of the report tasks."""
+    groups = (development, *([task] for task in tasks), report)
+    return [mean_and_deviation([run.score(group) for run in runs]) for group in groups]
+
+
+def _partition_cells(runs: list[RunResult], report: list[str]) -> list[str]:
+    """Return the gains by scoring, the relative error of the heads, and the logit scale."""
+    gains = [[run.score(report, "gallery") - run.score(report) for run in runs]]
+    gains += [[run.calibration_gain(report, scoring) for run in runs] for scoring in ("gallery", "amortized")]
+    partitions = [run.partition for run in runs if "head_error" in run.partition]
+    ratios = [partition["head_error"] / partition["batch_error"] for partition in partitions]
+    cells = [mean_and_deviation(values) for values in gains]
+    return [
+        *cells,
+        mean_and_deviation(ratios) if ratios else "",
+        f"{statistics.mean(run.logit_scale for run in runs):.1f}",
     ]
+
+
+def _gain(results: Results, method: str, baseline: str, size: int, report: list[str]) -> str:
+    """Return the relative gain of a method over another, over the seeds that both have."""
+    scores: dict[str, dict[int, float]] = {method: {}, baseline: {}}
+    for run, result in results.items():
+        if run.batch_size == size and run.method in scores:
+            scores[run.method][run.seed] = result.score(report)
+    bases = scores[baseline]
+    gains = [100 * (score / bases[seed] - 1) for seed, score in scores[method].items() if bases.get(seed)]
     return f"{mean_and_deviation(gains)} ({min(gains):.2f})" if gains else ""
 
 
-def draw_results(runs: dict, report: list[str], folder: Path) -> None:
-    """Plots of {(method, setting, batch_size, seed): (folder, result)}: accuracy and training curves."""
-    sizes = sorted({run.batch_size for run in runs})
+def results_json(chosen: dict[str, dict[str, Any]], tuning: Results, report: Results) -> str:
+    """Return the chosen settings and all raw results as JSON, one run per line."""
+    rows = {
+        phase: ",\n".join(json.dumps(run._asdict() | dataclasses.asdict(result)) for run, result in results.items())
+        for phase, results in (("tuning", tuning), ("report", report))
+    }
+    phases = ",\n".join(f'"{phase}": [\n{lines}\n]' for phase, lines in rows.items())
+    return f'{{"chosen": {json.dumps(chosen)},\n{phases}}}\n'
+
+
+def write_csv(path: Path, tuning: Results, report: Results) -> None:
+    """Write one line per run, task and scoring."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["phase", *Run._fields, "task", "scoring", "value"])
+        for phase, results in (("tuning", tuning), ("report", report)):
+            for run, result in results.items():
+                for task, values in result.tasks.items():
+                    writer.writerows([phase, *run, task, scoring, value] for scoring, value in values.items())
+
+
+def draw_results(results: Results, folders: dict[Run, Path], report: list[str], output_dir: Path) -> None:
+    """Plot accuracy against batch size and against samples seen, and training curves of each method's first run."""
+    label = "mean of report tasks, %"
     by_size: dict[str, dict[float, list[float]]] = {}
-    for run, (_, result) in runs.items():
-        by_size.setdefault(run.method, {}).setdefault(run.batch_size, []).append(score(result, report))
+    for run, result in results.items():
+        by_size.setdefault(run.method, {}).setdefault(run.batch_size, []).append(result.score(report))
+    sizes = _batch_sizes(results)
     if len(sizes) > 1:
-        lines_with_bands(by_size, "batch size", "mean of report tasks, %", folder / "batch_sizes.png")
+        lines_with_bands(by_size, "batch size", label, output_dir / "batch_sizes.png")
     for size in sizes:
-        of_size = {run: value for run, value in runs.items() if run.batch_size == size}
+        runs = [run for run in results if run.batch_size == size]
         curves: dict[str, dict[float, list[float]]] = {}
-        for run, (_, result) in of_size.items():
-            for point in result["curve"]:
+        for run in runs:
+            for point in results[run].curve:
                 value = 100 * statistics.mean(point[task] for task in report)
                 curves.setdefault(run.method, {}).setdefault(point["samples_seen"], []).append(value)
         if curves:
-            lines_with_bands(curves, "samples seen", "mean of report tasks, %", folder / f"samples_batch{size}.png")
-        first = {run.method: path / "metrics.jsonl" for run, (path, _) in reversed(of_size.items())}
-        training_curves(first, folder / f"training_batch{size}.png")
-
-
-def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            lines_with_bands(curves, "samples seen", label, output_dir / f"samples_batch{size}.png")
+        logs = {run.method: folders[run] / "metrics.jsonl" for run in reversed(runs)}
+        training_curves(logs, output_dir / f"training_batch{size}.png")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.config import parse_config
+from tests.helpers.runs import build
 from training.data.collate import Collator, Sample
 from training.model.tokenizer import train_tokenizer
 
@@ -23,9 +23,7 @@ def test_texts_are_padded_to_the_batch():
 
 @pytest.mark.parametrize("groups", [2, 4, 16])
 def test_grouped_texts_have_the_same_embeddings_and_gradients(recipe, groups):
-    from training.trainer import Trainer
-
-    trainer = Trainer(parse_config(["--config", str(recipe())]))
+    trainer = build(recipe())
     encoder, batch = trainer.encoder.eval(), next(iter(trainer.dataloader))
     inputs = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask", "lengths")}
     assert len(set(batch["lengths"])) > 3

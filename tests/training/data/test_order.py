@@ -16,7 +16,7 @@ from training.data.dataset import make_dataloader
 from training.data.mixture import open_pairs
 from training.data.order import MAX_LOOKAHEAD, ORDER_VERSION, EpochOrder, PairSampler
 from training.data.permutation import Complement, Permutation
-from training.run.checkpointing import TrainState
+from training.run.train_state import TrainState
 
 
 DIGESTS = {
@@ -240,4 +240,10 @@ def test_held_out_pairs_are_never_trained_on(recipe, forms, tmp_path):
 
 
 def test_checkpoints_without_a_version_have_the_first_order():
-    assert TrainState().order_version == 1 < ORDER_VERSION
+    assert TrainState.from_dict({"step": 3}).order_version == 1 < ORDER_VERSION
+    config, pairs = make_config("x"), make_mixture([50], [70])
+    sampler = PairSampler(EpochOrder(pairs, config, [5]), 119, 10, 1, 0)
+    sampler.set_order_version(1)
+    assert sampler.order.version == 1 and sampler.order.excluded.tolist() == [5]
+    expected = EpochOrder(pairs, config, [5], version=1)(0)[:10]
+    assert [index for _, index in next(iter(sampler))] == expected.tolist()

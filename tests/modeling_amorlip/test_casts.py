@@ -1,0 +1,87 @@
+"""Whatever a model is cast to, whenever: forward, backward, saving and loading, and float32 where it matters."""
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from modeling_amorlip import AmorLIPModel
+from modeling_amorlip.configuration_amorlip import HEAD_TYPES
+from tests.helpers.towers import TOWERS, make_config, make_inputs
+
+
+def with_default_dtype(config):
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return AmorLIPModel(config)
+    finally:
+        torch.set_default_dtype(previous)
+
+
+CASTS = {
+    "half": lambda config: AmorLIPModel(config).half(),
+    "bfloat16": lambda config: AmorLIPModel(config).bfloat16(),
+    "double": lambda config: AmorLIPModel(config).double(),
+    "to": lambda config: AmorLIPModel(config).to(torch.float16),
+    "from_config": lambda config: AutoModel.from_config(config, dtype=torch.bfloat16),
+    "default dtype": with_default_dtype,
+}
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize("towers", TOWERS)
+@pytest.mark.parametrize("cast", CASTS)
+def test_forward_and_backward(cast, towers, head_type):
+    torch.manual_seed(0)
+    model = CASTS[cast](make_config(towers, head_type))
+    outputs = model(**make_inputs(), return_loss=True)
+    for name in ("loss", "logits_per_image", "log_partition_per_image", "log_partition_per_text"):
+        assert outputs[name].dtype == torch.float32 and outputs[name].isfinite().all()
+    assert outputs.image_embeds.dtype == outputs.text_embeds.dtype == model.dtype
+    outputs.loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("towers", TOWERS)
+@pytest.mark.parametrize("cast", CASTS)
+def test_save_and_load(cast, towers, tmp_path):
+    torch.manual_seed(0)
+    model = CASTS[cast](make_config(towers, "prototype")).eval()
+    model.save_pretrained(tmp_path)
+    for options in ({}, {"dtype": torch.bfloat16}):
+        loaded = AutoModel.from_pretrained(tmp_path, **options)
+        assert loaded.dtype == options.get("dtype", model.dtype)
+        assert loaded.logit_scale.dtype == loaded.amortizer.image_head.prototypes.dtype == torch.float32
+        tolerance = 1e-6 if not options else 0.05
+        for cast_again in (loaded, loaded.half()):
+            ours, expected = cast_again(**make_inputs()), model(**make_inputs())
+            torch.testing.assert_close(
+                ours.image_embeds.double(), expected.image_embeds.double(), rtol=0, atol=tolerance
+            )
+            torch.testing.assert_close(
+                ours.log_partition_per_image, expected.log_partition_per_image, rtol=0, atol=10 * tolerance + 1e-3
+            )
+            tolerance = max(tolerance, 0.05)
+
+
+def test_heads_keep_float32_precision_beside_half_encoders():
+    """A head in float32 is not rounded to what the encoders compute in."""
+    torch.manual_seed(0)
+    model = AmorLIPModel(make_config("clip", "prototype")).eval()
+    expected = model(**make_inputs()).image_embeds
+    exact, _ = model.amortizer(expected, None, 100.0)
+    half, _ = model.amortizer(expected.half(), None, 100.0)
+    torch.testing.assert_close(half, exact, rtol=0, atol=0.1)
+    double, _ = model.double().amortizer(expected.double(), None, 100.0)
+    assert double.dtype == torch.float32
+    torch.testing.assert_close(double, exact)
+
+
+@pytest.mark.parametrize("towers", TOWERS)
+def test_logits_are_float32_under_autocast(towers):
+    model = AmorLIPModel(make_config(towers, logit_scale_init_value=4.605)).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(**make_inputs(), return_loss=True)
+    assert outputs.logits_per_image.dtype == outputs.loss.dtype == torch.float32
+    expected = model.logit_scale.exp() * outputs.image_embeds.float() @ outputs.text_embeds.float().T
+    torch.testing.assert_close(outputs.logits_per_image, expected)
