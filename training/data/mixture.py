@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
@@ -39,9 +40,12 @@ def open_source(source: str, config: DataConfig) -> Pairs:
         UserError: see `open_pairs`.
     """
     if is_remote(source):
-        if is_remote_tar(source):
+        is_repository = source.startswith("hf://")
+        if is_remote_tar(source) and not (is_repository and HF_HUB_OFFLINE):
             return TarPairs(RemoteShards(expand_remote(source), config), source, config)
-        files = download_repository(source) if source.startswith("hf://") else expand_remote(source)
+        if not is_repository:
+            raise UserError(f"train_data {source}: only tars are read from there; download the table first.")
+        files = download_repository(source)
     else:
         files = expand(source)
     if files and all(is_tar(name) for name in files):

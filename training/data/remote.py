@@ -48,6 +48,8 @@ def expand_remote(source: str) -> list[str]:
     Raises:
         UserError: the store cannot be read, or a pattern matches nothing.
     """
+    if source.startswith("hf://"):
+        split_repository(source)
     addresses: list[str] = []
     for pattern in expand_braces(source):
         # In a web address, a question mark begins the query, and there is nothing to list.
@@ -76,16 +78,26 @@ def download_repository(source: str) -> list[str]:
     Raises:
         UserError: the address is incomplete, or the files cannot be downloaded.
     """
-    kind, owner, name, path = [*source.removeprefix("hf://").split("/", 3), "", "", "", ""][:4]
-    if kind != "datasets" or not path:
-        raise UserError(f"train_data {source}: write hf://datasets/OWNER/NAME/PATTERN.")
+    repository, path = split_repository(source)
     patterns = expand_braces(path)
     try:
-        folder = snapshot_download(f"{owner}/{name}", repo_type="dataset", allow_patterns=patterns)
+        folder = snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
     except Exception as error:  # the client raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"train_data {source} cannot be downloaded: {reason}") from None
     return [file for pattern in patterns for file in sorted(glob.glob(os.path.join(folder, pattern)))]
+
+
+def split_repository(source: str) -> tuple[str, str]:
+    """Return the name of a data set repository of the Hub, and the pattern of files in it.
+
+    Raises:
+        UserError: the address is of another kind, or incomplete.
+    """
+    kind, owner, name, path = [*source.removeprefix("hf://").split("/", 3), "", "", "", ""][:4]
+    if kind != "datasets" or not path:
+        raise UserError(f"train_data {source}: write hf://datasets/OWNER/NAME/PATTERN.")
+    return f"{owner}/{name}", path
 
 
 def open_store(address: str) -> tuple[Any, str]:
