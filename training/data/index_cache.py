@@ -15,6 +15,7 @@ from huggingface_hub.constants import HF_HOME
 
 from training.data.shards import LocalShards, Shards
 from training.data.tar_index import ShardIndex, Summary, map_index, read_summary, scan_shard, write_index
+from training.data.tar_pairs import IMAGE_EXTENSIONS
 
 
 MAX_MAPPED = 16_384  # the system limits the maps of a process to 65,530
@@ -41,8 +42,7 @@ class IndexCache:
 
     def __init__(self, shards: Shards):
         self.shards = shards
-        identities = (shards.identity(i).encode("utf-8", "surrogateescape") for i in range(len(shards)))
-        self.paths = [cache_folder() / f"{hashlib.sha256(text).hexdigest()[:32]}.idx" for text in identities]
+        self.paths = [cache_folder() / _index_name(shards.identity(i)) for i in range(len(shards))]
         self.note: str | None = None
         self._in_memory: dict[int, ShardIndex] = {}
         self._mapped: dict[int, ShardIndex] = {}
@@ -124,6 +124,12 @@ class IndexCache:
 def cache_folder() -> Path:
     """Return the folder of index files."""
     return Path(HF_HOME) / "amorlip"
+
+
+def _index_name(identity: str) -> str:
+    """Return the name of the index file of a shard, another one where other kinds of images can be decoded."""
+    text = f"{identity}\0{','.join(IMAGE_EXTENSIONS)}"
+    return f"{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.idx"
 
 
 def scan_file(shards: Shards, shard: int) -> ShardIndex:

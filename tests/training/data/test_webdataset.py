@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -162,3 +163,21 @@ def test_unreadable_shards_are_named(shards):
     (shards / "0.tar").chmod(stat.S_IWUSR)
     with pytest.raises(UserError, match="0.tar"):
         open_pairs(make_config(shards))
+
+
+def test_processes_of_a_node_make_an_index_once(shards, cache, monkeypatch):
+    scans = []
+    scan = training.data.index_cache.scan_file
+    monkeypatch.setattr(training.data.index_cache, "scan_file", lambda *args: scans.append(args[1]) or scan(*args))
+    local = LocalShards([str(shards / f"{i}.tar") for i in range(2)])
+    with ThreadPoolExecutor(4) as pool:  # each has its own lock, as processes have
+        caches = list(pool.map(lambda _: IndexCache(local), range(4)))
+    assert sorted(scans) == [0, 1]
+    assert all([summary.num_pairs for summary in cache.summaries] == [3, 3] for cache in caches)
+
+
+def test_long_keys_are_told_in_full(tmp_path):
+    keys = [f"{'folder/' * 40}{i}" for i in range(2)]
+    write_tar(tmp_path / "0.tar", [(f"{key}.{e}", b"x") for key in keys for e in ("png", "txt")])
+    pairs = open_pairs(make_config(tmp_path))
+    assert [pairs.describe(i)[0] for i in range(2)] == keys
