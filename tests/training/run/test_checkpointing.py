@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from modeling_amorlip.cli_amorlip import UserError
-from tests.helpers.checkout import ROOT, pretrain, with_threads
+from tests.helpers.checkout import ROOT, environment_with_threads, pretrain
 from tests.helpers.runs import assert_same_weights, build, read_metrics, train, train_until_killed
 from training.run import checkpointing
 from training.run.checkpointing import find_checkpoint, find_damage, list_checkpoints, lock_folder
@@ -65,7 +65,7 @@ def test_full_disk_leaves_the_last_checkpoint(run_folder, tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=with_threads(1),
+        env=environment_with_threads(1),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
     assert result.returncode == 1 and "cannot be written" in result.stderr and "Traceback" not in result.stderr

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from modeling_amorlip.cli_amorlip import UserError
-from tests.helpers.checkout import ROOT, start, with_threads
+from tests.helpers.checkout import ROOT, environment_with_threads, start
 from tests.helpers.runs import assert_same_weights, build, one_thread, read_metrics, train
 from tests.helpers.shards import PLAIN, write_shards
 from training.run.checkpointing import find_damage, list_checkpoints
@@ -110,7 +110,7 @@ def test_kills_at_random_moments_leave_no_trace(recipe, rows, tmp_path, kills):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["training/pretrain.py", "--config", str(path), "--output_dir"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=with_threads(1))
+    options = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment_with_threads(1))
     assert subprocess.run([*command, str(whole)], **options).returncode == 0
     total = len(read_metrics(whole))
     assert total == 48 * kills
