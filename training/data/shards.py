@@ -12,6 +12,10 @@ from modeling_amorlip.cli_amorlip import UserError
 class ShardError(RuntimeError):
     """A shard that cannot be read any more; the run ends, since no other pairs may replace a whole shard."""
 
+    def __init__(self, message: str):
+        # A data loader raises a worker's error again with a traceback around its message.
+        super().__init__(message.rpartition("ShardError: ")[2].strip())
+
 
 class LocalFile:
     """A file with random access.
