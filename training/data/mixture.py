@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,15 @@ class Mixture:
     def is_remote(self) -> bool:
         """Whether shards of any source are downloaded."""
         return any(isinstance(part, TarPairs) and part.shards.is_remote for part in self.parts)
+
+    def fingerprint(self) -> str:
+        """Return a text that is equal on all processes that see the same pairs in the same order."""
+        digest = hashlib.sha256()
+        for number, part in enumerate(self.parts):
+            ends = self.starts[number + 1] - 1, self.starts[number]
+            keys = [self.describe(int(index))[0] for index in ends] if len(part) else []
+            digest.update(repr((part.shard_sizes, keys)).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:16]
 
     def report(self) -> list[str]:
         """Return a line per source on what it holds, and what of it is left out for which reason."""

