@@ -19,7 +19,7 @@ from training.config import OptimizationConfig, PretrainConfig, build, unknown_n
 from training.data.collate import Collator
 from training.data.dataset import make_dataloader
 from training.data.mixture import Mixture, open_pairs
-from training.data.order import EpochOrder, PairSampler
+from training.data.order import ORDER_VERSION, EpochOrder, PairSampler
 from training.model.construction import TrainingModel, build_model
 from training.model.encoder import EncoderWithObjective, PairEncoder
 from training.objectives import OBJECTIVES, ContrastiveObjective
@@ -108,9 +108,11 @@ def start_state(accelerator: Accelerator, sampler: PairSampler, checkpoint: Path
         num_processes=accelerator.num_processes,
         global_batch_size=sampler.global_batch_size,
         steps_per_epoch=sampler.steps_per_epoch,
+        order_version=ORDER_VERSION,
     )
     if checkpoint is not None:
         state = load_checkpoint(accelerator, checkpoint, state)
+        sampler.set_order_version(state.order_version)
     sampler.start_step = state.step
     return state
 

@@ -140,6 +140,7 @@ class DataConfig:
     csv_separator: str | None = setting(
         None, "Separator of CSV and TSV files; by default the one that gives the columns."
     )
+    shard_cache_size: float = setting(50.0, "Gigabytes of remote shards that stay on the local disk.", gt=0)
     image_column: str = setting("image", "Column with the images.")
     caption_column: str = setting("caption", "Column with the captions.")
     further_caption_columns: list[str] = setting(

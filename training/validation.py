@@ -42,10 +42,11 @@ def make_validation_loader(pairs: Mixture, config: PretrainConfig, image_size: i
     plain = dataclasses.replace(
         config, augmentation=NO_AUGMENTATION, keywords_column=None, alternative_captions_column=None
     )
+    indices = held_out(len(pairs), config.validation_samples)
     return DataLoader(
-        PairDataset(pairs, plain, image_size),
+        PairDataset(pairs, plain, image_size, replacements=indices),
         config.per_device_train_batch_size,
-        sampler=[(0, int(index)) for index in held_out(len(pairs), config.validation_samples)],
+        sampler=[(0, int(index)) for index in indices],
         collate_fn=collator,
         generator=torch.Generator(),  # otherwise iterating draws from the global generator
     )

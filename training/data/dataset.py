@@ -24,8 +24,11 @@ from modeling_amorlip.images_amorlip import open_image
 from training.config import PretrainConfig
 from training.data.collate import BadSample, Collator, Sample
 from training.data.mixture import Mixture
-from training.data.order import Complement, EpochOrder, PairSampler
+from training.data.order import EpochOrder, PairSampler
 from training.data.pairs import check_caption
+from training.data.permutation import Complement
+from training.data.prefetch import PrefetchingSampler
+from training.data.shards import ShardError
 from training.data.transforms import augment
 
 
@@ -66,6 +69,8 @@ class PairDataset(Dataset):
             try:
                 pixels, caption = self._load(epoch, index)
                 return Sample(pixels, caption, index, bad_samples)
+            except ShardError:
+                raise  # no pair is at fault
             except Exception as error:  # decoders raise any kind of error for damaged files
                 bad_samples.append(self._describe_failure(index, error))
                 index = int(self.replacements[generator.randrange(len(self.replacements))])
@@ -127,7 +132,7 @@ def make_dataloader(
     num_workers = config.dataloader_num_workers
     return DataLoader(
         PairDataset(pairs, config, image_size, Complement(len(pairs), excluded)),
-        batch_sampler=sampler,
+        batch_sampler=PrefetchingSampler(sampler, pairs) if pairs.is_remote else sampler,
         collate_fn=collator,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),

@@ -6,18 +6,20 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import HF_HOME
 
-from modeling_amorlip.cli_amorlip import UserError
-from training.data.tar_index import LocalFile, ShardIndex, Summary, map_index, read_summary, scan_shard, write_index
+from training.data.shards import LocalShards, Shards
+from training.data.tar_index import ShardIndex, Summary, map_index, read_summary, scan_shard, write_index
+from training.data.tar_pairs import IMAGE_EXTENSIONS
 
 
-MAX_MAPPED = 1024
+MAX_MAPPED = 16_384  # the system limits the maps of a process to 65,530
+NUM_DOWNLOADS = 8
 POOL_BYTES = 2**28  # less than this is scanned sooner than processes start
 
 
@@ -35,14 +37,12 @@ class IndexCache:
         note: why the cache could not be written; None if it could.
 
     Raises:
-        UserError: a shard does not exist or cannot be read.
+        ShardError: a shard cannot be read.
     """
 
-    def __init__(self, shards: Sequence[str]):
-        self.shards = list(shards)
-        self.states = [_state(shard) for shard in self.shards]
-        names = [_index_name(shard, *state) for shard, state in zip(self.shards, self.states, strict=True)]
-        self.paths = [cache_folder() / name for name in names]
+    def __init__(self, shards: Shards):
+        self.shards = shards
+        self.paths = [cache_folder() / _index_name(shards.identity(i)) for i in range(len(shards))]
         self.note: str | None = None
         self._in_memory: dict[int, ShardIndex] = {}
         self._mapped: dict[int, ShardIndex] = {}
@@ -65,27 +65,27 @@ class IndexCache:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mapped": {}, "summaries": []}
 
-    def check_unchanged(self, shard: int) -> None:
-        """Raise OSError if a shard is not what it was at the start."""
-        status = os.stat(self.shards[shard])
-        if (status.st_size, status.st_mtime_ns) != self.states[shard]:
-            raise OSError(f"{self.shards[shard]} was changed since the run began")
-
     def _make_missing(self, summaries: list[Summary | None]) -> list[Summary | None]:
         """Scan the shards whose index is missing, in several processes when they are large, and write their indices."""
         # Another process may have made them while this one waited for the lock.
         summaries = [summary or read_summary(path) for summary, path in zip(summaries, self.paths, strict=True)]
         missing = [i for i, summary in enumerate(summaries) if summary is None]
-        num_processes = min(len(missing), len(os.sched_getaffinity(0)))
         with contextlib.ExitStack() as stack:
-            scans: Iterator[ShardIndex] = map(scan_file, [self.shards[i] for i in missing])
-            if num_processes > 1 and sum(self.states[i][0] for i in missing) > POOL_BYTES:
-                pool = stack.enter_context(ProcessPoolExecutor(num_processes))
-                scans = iter(pool.map(scan_file, [self.shards[i] for i in missing]))
-            for i, index in zip(missing, scans, strict=True):
+            for i, index in zip(missing, self._scan(missing, stack), strict=True):
                 summaries[i] = index.summary
                 self._keep(i, index)
         return summaries
+
+    def _scan(self, missing: list[int], stack: contextlib.ExitStack) -> Iterator[ShardIndex]:
+        """Return an iterator over indices of shards, made by several threads or processes where that is faster."""
+        num_workers = min(len(missing), len(os.sched_getaffinity(0)))
+        if self.shards.is_remote:
+            threads = stack.enter_context(ThreadPoolExecutor(NUM_DOWNLOADS))
+            return threads.map(scan_file, [self.shards] * len(missing), missing)
+        if num_workers > 1 and sum(self.shards.states[i][0] for i in missing) > POOL_BYTES:
+            pool = stack.enter_context(ProcessPoolExecutor(num_workers))
+            return pool.map(scan_path, [self.shards.names[i] for i in missing])
+        return (scan_file(self.shards, i) for i in missing)
 
     def _keep(self, shard: int, index: ShardIndex) -> None:
         """Write an index to the cache, or keep it in memory if the cache cannot be written."""
@@ -102,10 +102,9 @@ class IndexCache:
         """Return the index of a shard whose index file was damaged after the start.
 
         Raises:
-            OSError: the shard is not what it was at the start.
+            ShardError: the shard is not what it was at the start.
         """
-        self.check_unchanged(shard)
-        index = scan_file(self.shards[shard])
+        index = scan_file(self.shards, shard)
         with contextlib.suppress(OSError):
             write_index(self.paths[shard], index)
         return index
@@ -127,24 +126,21 @@ def cache_folder() -> Path:
     return Path(HF_HOME) / "amorlip"
 
 
-def scan_file(path: str) -> ShardIndex:
-    """Return the index of a tar file."""
-    file = LocalFile(path)
+def _index_name(identity: str) -> str:
+    """Return the name of the index file of a shard, another one where other kinds of images can be decoded."""
+    text = f"{identity}\0{','.join(IMAGE_EXTENSIONS)}"
+    return f"{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.idx"
+
+
+def scan_file(shards: Shards, shard: int) -> ShardIndex:
+    """Return the index of a shard."""
+    file = shards.open(shard)
     try:
         return scan_shard(file)
     finally:
         file.close()
 
 
-def _state(shard: str) -> tuple[int, int]:
-    """Return size and modification time of a shard."""
-    try:
-        status = os.stat(shard)
-    except OSError as error:
-        raise UserError(f"train_data: {shard} cannot be read: {error.strerror}.") from None
-    return status.st_size, status.st_mtime_ns
-
-
-def _index_name(shard: str, size: int, time: int) -> str:
-    state = f"{os.path.abspath(shard)}\0{size}\0{time}"
-    return hashlib.sha256(state.encode("utf-8", "surrogateescape")).hexdigest()[:32] + ".idx"
+def scan_path(path: str) -> ShardIndex:
+    """Return the index of a tar file."""
+    return scan_file(LocalShards([path]), 0)

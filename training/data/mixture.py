@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
 from training.data.pairs import Pairs
 from training.data.patterns import expand, is_tar
-from training.data.remote import download, is_remote
+from training.data.remote import RemoteShards, download_repository, expand_remote, is_remote, is_remote_tar
+from training.data.shards import LocalShards
 from training.data.table_files import TABLE_LOADERS, load_table
 from training.data.tables import TablePairs
 from training.data.webdataset import TarPairs
@@ -37,9 +40,17 @@ def open_source(source: str, config: DataConfig) -> Pairs:
     Raises:
         UserError: see `open_pairs`.
     """
-    files = download(source) if is_remote(source) else expand(source)
+    if is_remote(source):
+        is_repository = source.startswith("hf://")
+        if is_remote_tar(source) and not (is_repository and HF_HUB_OFFLINE):
+            return TarPairs(RemoteShards(expand_remote(source), config), source, config)
+        if not is_repository:
+            raise UserError(f"train_data {source}: only tars are read from there; download the table first.")
+        files = download_repository(source)
+    else:
+        files = expand(source)
     if files and all(is_tar(name) for name in files):
-        return TarPairs(files, source, config)
+        return TarPairs(LocalShards(files), source, config)
     if len(files) > 1 or files != [source]:
         suffixes = {Path(name).suffix.lower() for name in files}
         if len(suffixes) != 1 or not suffixes <= set(TABLE_LOADERS):
@@ -78,6 +89,33 @@ class Mixture:
     def column(self, name: str) -> list[Any]:
         """Return the values of a column, one per pair."""
         return [value for part in self.parts for value in part.column(name)]
+
+    def remote_shards(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the remote shards that hold pairs, as (number of the source, number of the shard), without repeats."""
+        positions = np.asarray(indices, np.int64)
+        numbers = np.searchsorted(self.starts, positions, side="right") - 1
+        shards = np.full(len(positions), -1)
+        for number in np.unique(numbers):
+            part = self.parts[number]
+            if isinstance(part, TarPairs) and part.shards.is_remote:
+                chosen = numbers == number
+                shards[chosen] = part.locate_shards(positions[chosen] - self.starts[number])
+        places = zip(numbers.tolist(), shards.tolist(), strict=True)
+        return list(dict.fromkeys(place for place in places if place[1] >= 0))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards of any source are downloaded."""
+        return any(isinstance(part, TarPairs) and part.shards.is_remote for part in self.parts)
+
+    def fingerprint(self) -> str:
+        """Return a text that is equal on all processes that see the same pairs in the same order."""
+        digest = hashlib.sha256()
+        for number, part in enumerate(self.parts):
+            ends = self.starts[number + 1] - 1, self.starts[number]
+            keys = [self.describe(int(index))[0] for index in ends] if len(part) else []
+            digest.update(repr((part.shard_sizes, keys)).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:16]
 
     def report(self) -> list[str]:
         """Return a line per source on what it holds, and what of it is left out for which reason."""

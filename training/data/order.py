@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import PretrainConfig
+from training.data.array_order import ArrayOrder
+from training.data.lazy_order import LazyOrder
 from training.data.mixture import Mixture
 
 
+ORDER_VERSION = 2
+"""Version of the order of new runs. A checkpoint names the version of its run, which continues with it."""
 MAX_LOOKAHEAD = 8  # global batches of pairs that wait for a batch without their group
+CHUNK = 65536  # indices computed at a time where groups are searched
 
 
-class Complement(Sequence[int]):
-    """The indices 0 to length - 1 without some of them, in order, with random access.
+class Indices(Protocol):
+    """The indices of an epoch in order, an array or computed when they are read."""
 
-    Args:
-        length: number of indices before exclusion.
-        excluded: indices left out.
-    """
+    def __len__(self) -> int: ...
 
-    def __init__(self, length: int, excluded: np.ndarray | Sequence[int] = ()):
-        self.excluded = np.unique(np.asarray(excluded, np.int64))
-        self.length = length - len(self.excluded)
-        self._shifted = self.excluded - np.arange(len(self.excluded))
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, position: Any) -> Any:
-        """Return the index at a position, or the indices at an array of positions."""
-        return position + np.searchsorted(self._shifted, position, side="right")
+    def __getitem__(self, positions: slice) -> np.ndarray: ...
 
 
 class EpochOrder:
-    """Map an epoch to the indices of its pairs, in order (int64 [len(self)]).
+    """Map an epoch to the indices of its pairs, in order.
 
     With `shuffle: samples`, all pairs are shuffled. With `shuffle: shards`, the shards are shuffled and then the pairs
     within windows of `shuffle_buffer`, which reads files nearly sequentially. With `shuffle: none`, pairs keep their
@@ -50,59 +43,41 @@ class EpochOrder:
         pairs: the sources and their shards.
         config: shuffling, weights and seed.
         excluded: indices that never occur.
+        version: 2 computes indices when they are read, in memory for shards alone; 1 is the order of older runs, with
+            an array of all pairs.
+
+    Raises:
+        UserError: the version is unknown.
     """
 
-    def __init__(self, pairs: Mixture, config: PretrainConfig, excluded: np.ndarray | Sequence[int] = ()):
-        self.config, self.excluded = config, np.sort(np.asarray(excluded, np.int64))
-        self.sources: list[list[np.ndarray]] = []  # the indices of each shard of each source
-        start = 0
-        for part in pairs.parts:
-            ends = start + np.cumsum([0, *part.shard_sizes])
-            shards = [np.arange(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
-            self.sources.append([np.setdiff1d(shard, excluded, assume_unique=True) for shard in shards])
-            start = int(ends[-1])
-        sizes = [sum(map(len, shards)) for shards in self.sources]
-        self.length = sum(sizes)
-        self.counts: np.ndarray | None = None  # pairs per epoch of each source
-        if config.samples_per_epoch or config.train_data_weights:
-            shares = np.array(config.train_data_weights or sizes, float)
-            cuts = np.cumsum(shares / shares.sum()) * (config.samples_per_epoch or self.length)
-            self.counts = np.diff(np.rint(cuts).astype(int), prepend=0)
-            self.length = int(self.counts.sum())
+    def __init__(
+        self,
+        pairs: Mixture,
+        config: PretrainConfig,
+        excluded: np.ndarray | Sequence[int] = (),
+        version: int = ORDER_VERSION,
+    ):
+        if version not in (1, 2):
+            raise UserError(
+                f"The checkpoint has data order {version}; this program knows 1 and 2: continue it with a newer one."
+            )
+        self.version, self._pairs, self._config = version, pairs, config
+        self.excluded = np.unique(np.asarray(excluded, np.int64))
+        self._order = (ArrayOrder if version == 1 else LazyOrder)(pairs, config, self.excluded)
 
     def __len__(self) -> int:
-        return self.length
+        return len(self._order)
 
-    def __call__(self, epoch: int) -> np.ndarray:
-        generator = np.random.default_rng([self.config.seed, epoch])
-        if self.counts is None:
-            return self._order_pass([shard for shards in self.sources for shard in shards], generator)
-        order = np.concatenate([self._take(number, epoch) for number in range(len(self.sources))])
-        return order if self.config.shuffle == "none" else generator.permutation(order)
+    def __call__(self, epoch: int) -> Indices:
+        return self._order(epoch)
 
-    def _take(self, number: int, epoch: int) -> np.ndarray:
-        """Return the pairs that an epoch takes of a source, which is passed through again and again."""
-        assert self.counts is not None
-        shards, count = self.sources[number], int(self.counts[number])
-        size = sum(map(len, shards))
-        first, skipped = divmod(epoch * count, size)
-        passes = [
-            self._order_pass(shards, np.random.default_rng([self.config.seed, 1 + number, first + i]))
-            for i in range(-(-(skipped + count) // size))
-        ]
-        return np.concatenate(passes or [shards[0][:0]])[skipped : skipped + count]
+    def with_version(self, version: int) -> EpochOrder:
+        """Return the order of the same pairs in another version.
 
-    def _order_pass(self, shards: list[np.ndarray], generator: np.random.Generator) -> np.ndarray:
-        """Return the indices of shards in the order of one pass."""
-        if self.config.shuffle == "shards":
-            shards = [shards[i] for i in generator.permutation(len(shards))]
-        order = np.concatenate(shards)
-        if self.config.shuffle == "samples":
-            return generator.permutation(order)
-        if self.config.shuffle == "shards":
-            window = np.arange(len(order)) // self.config.shuffle_buffer
-            return order[np.argsort(window + generator.random(len(order)))]
-        return order
+        Raises:
+            UserError: the version is unknown.
+        """
+        return EpochOrder(self._pairs, self._config, self.excluded, version)
 
 
 class PairSampler(Sampler):
@@ -126,7 +101,7 @@ class PairSampler(Sampler):
 
     def __init__(
         self,
-        order: Callable[[int], np.ndarray],
+        order: Callable[[int], Indices],
         length: int,
         batch_size: int,
         num_processes: int,
@@ -148,35 +123,57 @@ class PairSampler(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, position = divmod(self.start_step, self.steps_per_epoch)
         while True:
-            for step, batch in enumerate(self.batches(epoch)):
-                if step >= position:
-                    yield [(epoch, index) for index in batch[self.share]]
+            for share in self._shares(epoch, position):
+                yield [(epoch, index) for index in share]
             epoch, position = epoch + 1, 0
 
-    def batches(self, epoch: int) -> Iterator[list[int]]:
-        """Iterate over the global batches of an epoch."""
+    def set_order_version(self, version: int) -> None:
+        """Change to the order that the run of a checkpoint began with.
+
+        Raises:
+            UserError: the version is unknown.
+        """
+        if isinstance(self.order, EpochOrder) and self.order.version != version:
+            self.order = self.order.with_version(version)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
+        """Iterate over the global batches of an epoch from a step on."""
         order, size = self.order(epoch), self.global_batch_size
         if self.groups is not None:
-            yield from self._grouped_batches(order, self.groups)
+            # Which pairs are deferred to a batch depends on all batches before it.
+            yield from itertools.islice(self._grouped_batches(order, self.groups), start, None)
             return
-        for step in range(self.steps_per_epoch):
+        for step in range(start, self.steps_per_epoch):
             yield order[step * size : (step + 1) * size].tolist()
 
-    def _grouped_batches(self, order: np.ndarray, groups: Sequence[Any]) -> Iterator[list[int]]:
+    def _shares(self, epoch: int, start: int) -> Iterator[list[int]]:
+        """Iterate over this process's part of the batches of an epoch, without the indices of other processes."""
+        if self.groups is not None:
+            yield from (batch[self.share] for batch in self.batches(epoch, start))
+            return
+        order = self.order(epoch)
+        for step in range(start, self.steps_per_epoch):
+            first = step * self.global_batch_size
+            yield order[first + self.share.start : first + self.share.stop].tolist()
+
+    def _grouped_batches(self, order: Indices, groups: Sequence[Any]) -> Iterator[list[int]]:
         """Iterate over batches in which a group occurs once, unless too few other pairs are near.
 
         A pair whose group already occurs in the batch is deferred to the next batch, where it comes first. When more
         than `MAX_LOOKAHEAD` batches are deferred, the batch takes some of them, so that a frequent group costs no
         search of the whole epoch. Pairs without a group (None) go with all others.
         """
-        waiting = deque(order.tolist())
+        indices = (i for k in range(0, len(order), CHUNK) for i in order[k : k + CHUNK].tolist())
+        waiting: deque[int] = deque()
         max_deferred = MAX_LOOKAHEAD * self.global_batch_size
         for _ in range(self.steps_per_epoch):
             batch: list[int] = []
             deferred: list[int] = []
             batch_groups = set()
-            while waiting and len(batch) < self.global_batch_size and len(deferred) < max_deferred:
-                index = waiting.popleft()
+            while len(batch) < self.global_batch_size and len(deferred) < max_deferred:
+                index = waiting.popleft() if waiting else next(indices, None)
+                if index is None:
+                    break
                 group = groups[index]
                 if group is not None and group in batch_groups:
                     deferred.append(index)

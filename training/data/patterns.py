@@ -12,7 +12,7 @@ from modeling_amorlip.cli_amorlip import UserError
 from training.data.tar_pairs import IMAGE_EXTENSIONS
 
 
-MAX_NAMES = 10_000_000
+MAX_NAMES = 1_000_000
 GLOB_CHARACTERS = re.compile(r"[*?\[]")
 TABLE_EXTENSIONS = ("parquet", "csv", "tsv", "json", "jsonl", "arrow")
 

@@ -1,30 +1,185 @@
-"""Fetch data from repositories of the Hub."""
+"""Shards in object stores and on web servers, read through `fsspec` and a local cache."""
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
+import fsspec
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HOME
 
 from modeling_amorlip.cli_amorlip import UserError
-from training.data.patterns import expand_braces
+from training.config import DataConfig
+from training.data.patterns import GLOB_CHARACTERS, expand_braces, is_tar
+from training.data.shard_cache import RemoteFile, ShardCache
+from training.data.shards import LocalFile, Shards
+
+
+ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://")
+VERSION_FIELDS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "mtime", "LastModified", "Last-Modified")
+INFO_THREADS = 32
 
 
 def is_remote(source: str) -> bool:
-    """Return whether an entry of `train_data` lies elsewhere."""
-    return source.startswith("hf://")
+    """Return whether an entry of `train_data` is an address.
+
+    Raises:
+        UserError: it is a command, which can be replaced by an address.
+    """
+    if source.startswith("pipe:"):
+        raise UserError(
+            f"train_data {source}: commands are not run. Write the address itself, s3://BUCKET/{{000..123}}.tar, "
+            "gs://..., https://... or hf://datasets/OWNER/NAME/PATTERN: shards are then downloaded as they are needed."
+        )
+    return ADDRESS.match(source) is not None
 
 
-def download(source: str) -> list[str]:
-    """Download files of a data set repository and return their local names."""
-    kind, owner, name, *path = source.removeprefix("hf://").split("/")
-    if kind != "datasets" or not path:
-        raise UserError(f"train_data {source}: write hf://datasets/OWNER/NAME/PATTERN.")
-    patterns = expand_braces("/".join(path))
+def expand_remote(source: str) -> list[str]:
+    """Return the addresses that an entry of `train_data` names: braces are expanded, `*` and `?` matched.
+
+    Raises:
+        UserError: the store cannot be read, or a pattern matches nothing.
+    """
+    if source.startswith("hf://"):
+        split_repository(source)
+    addresses: list[str] = []
+    for pattern in expand_braces(source):
+        # In a web address, a question mark begins the query, and there is nothing to list.
+        if pattern.startswith(("http://", "https://")) or not GLOB_CHARACTERS.search(pattern):
+            addresses.append(pattern)
+            continue
+        system, path = open_store(pattern)
+        try:
+            matches = sorted(system.glob(path))
+        except Exception as error:  # clients of stores raise many kinds
+            raise UserError(f"train_data {pattern} cannot be listed: {type(error).__name__}: {error}") from None
+        if not matches:
+            raise UserError(f"train_data {source}: there is no {pattern}.")
+        addresses += [system.unstrip_protocol(match) for match in matches]
+    return addresses
+
+
+def is_remote_tar(address: str) -> bool:
+    """Return whether an address, or a pattern of addresses, names tars."""
+    return is_tar(urlsplit(address).path) or is_tar(address)
+
+
+def download_repository(source: str) -> list[str]:
+    """Download files of a data set repository of the Hub, and return their local names.
+
+    Raises:
+        UserError: the address is incomplete, or the files cannot be downloaded.
+    """
+    repository, path = split_repository(source)
+    patterns = expand_braces(path)
     try:
-        folder = snapshot_download(f"{owner}/{name}", repo_type="dataset", allow_patterns=patterns)
+        folder = snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
     except Exception as error:  # the client raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"train_data {source} cannot be downloaded: {reason}") from None
     return [file for pattern in patterns for file in sorted(glob.glob(os.path.join(folder, pattern)))]
+
+
+def split_repository(source: str) -> tuple[str, str]:
+    """Return the name of a data set repository of the Hub, and the pattern of files in it.
+
+    Raises:
+        UserError: the address is of another kind, or incomplete.
+    """
+    kind, owner, name, path = [*source.removeprefix("hf://").split("/", 3), "", "", "", ""][:4]
+    if kind != "datasets" or not path:
+        raise UserError(f"train_data {source}: write hf://datasets/OWNER/NAME/PATTERN.")
+    return f"{owner}/{name}", path
+
+
+def open_store(address: str) -> tuple[Any, str]:
+    """Return the file system of an address and the path in it.
+
+    Raises:
+        UserError: the client of the store is not installed.
+    """
+    try:
+        return fsspec.core.url_to_fs(address)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"train_data {address} cannot be opened: {error}") from None
+
+
+class RemoteShards(Shards):
+    """Shards at addresses, each copied to a local cache when it is opened.
+
+    Args:
+        addresses: the shards.
+        config: size of the cache and shuffling.
+
+    Raises:
+        UserError: a shard cannot be read, or the cache is too small for the order in which pairs are read.
+    """
+
+    is_remote = True
+
+    def __init__(self, addresses: Sequence[str], config: DataConfig):
+        self.names = list(addresses)
+        limit = int(config.shard_cache_size * 1e9)
+        self.cache = ShardCache(Path(HF_HOME) / "amorlip" / "shards", limit)
+        with ThreadPoolExecutor(INFO_THREADS) as pool:
+            self.states = list(pool.map(_first_state, self.names))
+        largest, total = max(size for size, _ in self.states), sum(size for size, _ in self.states)
+        if largest > limit:
+            raise UserError(
+                f"shard_cache_size is {config.shard_cache_size:g} GB, less than a shard ({largest / 1e9:.2f} GB): "
+                "raise it to several shards at least."
+            )
+        if config.shuffle == "samples" and total > limit:
+            raise UserError(
+                f"shuffle samples would download a shard for every pair: the {len(self.names)} shards take "
+                f"{total / 1e9:.1f} GB, shard_cache_size is {config.shard_cache_size:g} GB. Use shuffle shards, or a "
+                "larger cache."
+            )
+
+    def open(self, shard: int) -> LocalFile:
+        return self.cache.open(self._file(shard))
+
+    def prefetch(self, shard: int) -> None:
+        """Copy a shard to the cache.
+
+        Raises:
+            ShardError: see `open`.
+        """
+        self.cache.download(self._file(shard))
+
+    def _file(self, shard: int) -> RemoteFile:
+        name, (size, version) = self.names[shard], self.states[shard]
+        return RemoteFile(name, size, version, functools.partial(_read, name), functools.partial(read_state, name))
+
+
+def read_state(address: str) -> tuple[int, str]:
+    """Return size and version of a remote file."""
+    system, path = open_store(address)
+    system.invalidate_cache()
+    info = system.info(path)
+    if info.get("size") is None:
+        raise OSError("the server does not tell its size")
+    version = next((str(info[field]) for field in VERSION_FIELDS if info.get(field)), "")
+    return int(info["size"]), version
+
+
+def _first_state(address: str) -> tuple[int, str]:
+    try:
+        return read_state(address)
+    except UserError:
+        raise
+    except Exception as error:  # clients of stores raise many kinds
+        raise UserError(f"train_data {address} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _read(address: str, start: int, end: int) -> bytes:
+    system, path = open_store(address)
+    return system.cat_file(path, start=start, end=end)

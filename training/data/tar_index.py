@@ -81,31 +81,6 @@ class ShardIndex:
         return (block * BLOCK, int(row[f"{name}_size"])) if block else None
 
 
-class LocalFile:
-    """A file with random access.
-
-    Args:
-        path: the file.
-    """
-
-    def __init__(self, path: str):
-        self.descriptor = os.open(path, os.O_RDONLY)
-        self.size = os.fstat(self.descriptor).st_size
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset` on, fewer at the end of the file."""
-        content = os.pread(self.descriptor, length, offset)
-        while len(content) < length:  # one call reads at most 2 GB
-            rest = os.pread(self.descriptor, length - len(content), offset + len(content))
-            if not rest:
-                break
-            content += rest
-        return content
-
-    def close(self) -> None:
-        os.close(self.descriptor)
-
-
 def scan_shard(source: ByteSource) -> ShardIndex:
     """Return the index of a tar from its headers."""
     reader = TarReader(source)
@@ -144,7 +119,7 @@ def _place(part: Part | None) -> tuple[int, int]:
 
 
 def write_index(path: Path, index: ShardIndex) -> None:
-    """Write an index file atomically.
+    """Write an index file atomically; after a crash of the system, its checksums show what is missing.
 
     Raises:
         OSError: it cannot be written.
@@ -156,8 +131,6 @@ def write_index(path: Path, index: ShardIndex) -> None:
         with temporary.open("wb") as file:
             file.write(PREFIX.pack(MAGIC, len(summary), zlib.crc32(summary)) + summary)
             file.write(_body(index))
-            file.flush()
-            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from modeling_amorlip.images_amorlip import IMAGE_EXTENSIONS as DECODABLE_EXTENSIONS
 from training.data.tar import LINK_TYPES, TarMember, printable
 
 
-# In order of preference, where a pair has several.
-IMAGE_EXTENSIONS = (
-    *("jpg", "jpeg", "png", "webp", "jfif", "jpe", "avif", "heic", "heif", "gif", "bmp", "dib", "tif", "tiff"),
-    *("jp2", "j2k", "jpx", "jpf", "apng", "ppm", "pgm", "pbm", "pnm", "tga", "ico", "qoi", "pcx", "sgi"),
-)
+PREFERRED_IMAGES = ("jpg", "jpeg", "png", "webp")
+OTHER_IMAGES = {extension.removeprefix(".") for extension in DECODABLE_EXTENSIONS} - set(PREFERRED_IMAGES)
+IMAGE_EXTENSIONS = (*PREFERRED_IMAGES, *sorted(OTHER_IMAGES))
+"""Extensions of images, in order of preference where a pair has several."""
 TEXT_EXTENSIONS = ("txt", "text", "caption", "cls")
 JSON_EXTENSION = "json"
 EXTENSIONS = {*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS, JSON_EXTENSION}

@@ -12,6 +12,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 from training.config import AugmentationConfig
 
 
+CROP_ATTEMPTS = 10
+ROUNDING = 1e-6  # pixels by which a crop of the whole image may seem too large
+
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom edge in pixels."""
 
@@ -52,13 +55,23 @@ RESTYLES: tuple[Callable[[Image.Image], Image.Image], ...] = (
 
 
 def _draw_crop(image_size: tuple[int, int], config: AugmentationConfig, generator: random.Random) -> Box:
-    """Draw a box of random area, aspect ratio and position inside the image (RandomResizedCrop)."""
+    """Draw a box of random area, aspect ratio and position inside the image, as torchvision's RandomResizedCrop does.
+
+    A box that does not fit is drawn again. After ten attempts the box is the largest one in the center of the image
+    whose ratio is allowed: the whole image, or what is left of its longer side.
+    """
     width, height = image_size
-    area = width * height * generator.uniform(*config.crop_scale)
-    ratio = math.exp(generator.uniform(*map(math.log, config.crop_ratio)))
-    w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
-    left, top = generator.uniform(0, width - w), generator.uniform(0, height - h)
-    return left, top, min(left + w, width), min(top + h, height)
+    for _ in range(CROP_ATTEMPTS):
+        area = width * height * generator.uniform(*config.crop_scale)
+        ratio = math.exp(generator.uniform(*map(math.log, config.crop_ratio)))
+        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if w < width + ROUNDING and h < height + ROUNDING:
+            w, h = min(w, width), min(h, height)
+            left, top = generator.uniform(0, width - w), generator.uniform(0, height - h)
+            return left, top, min(left + w, width), min(top + h, height)
+    lowest, highest = config.crop_ratio
+    w, h = min(width, height * highest), min(height, width / lowest)
+    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
 def _resize_crop(image: Image.Image, size: int, box: Box) -> Image.Image:

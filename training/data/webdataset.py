@@ -18,11 +18,11 @@ from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
 from training.data.index_cache import IndexCache
 from training.data.pairs import Pairs, check_columns, usable_captions
-from training.data.tar_index import LocalFile
+from training.data.shards import LocalFile, Shards
 
 
 MAX_OPEN_FILES = 64
-MAX_EXAMPLES = 2000  # pairs whose json is read for the names of columns
+MAX_EXAMPLES = 1000  # pairs whose json is read for the names of columns
 MAX_DAMAGE_SHOWN = 3
 
 
@@ -38,7 +38,7 @@ class TarPairs(Pairs):
         UserError: a tar cannot be read, there are no pairs, or a column is missing or of another type.
     """
 
-    def __init__(self, shards: list[str], source: str, config: DataConfig):
+    def __init__(self, shards: Shards, source: str, config: DataConfig):
         self.source, self.shards = source, shards
         self.index = IndexCache(shards)
         summaries = self.index.summaries
@@ -46,7 +46,7 @@ class TarPairs(Pairs):
         self.ends = np.cumsum(self.shard_sizes)
         self.damage = {
             shard: _describe_damage(summary.damage, summary.num_damaged)
-            for shard, summary in zip(shards, summaries, strict=True)
+            for shard, summary in zip(shards.names, summaries, strict=True)
             if summary.num_damaged
         }
         if len(self) == 0:
@@ -54,7 +54,8 @@ class TarPairs(Pairs):
         self.image_column, self.caption_column = config.image_column, config.caption_column
         columns = {config.caption_column, config.alternative_captions_column, config.keywords_column}
         columns |= {config.group_column, *config.further_caption_columns}
-        self.needs_json = bool(columns - {"caption", None})
+        self.columns = {column for column in columns if column is not None}
+        self.needs_json = bool(self.columns - {"caption"})
         self.files: dict[int, LocalFile] = {}  # the shards opened last
         check_columns(config, source, self._examples())
 
@@ -72,7 +73,7 @@ class TarPairs(Pairs):
 
     def describe(self, index: int) -> tuple[str, str]:
         shard, position = self._locate(index)
-        return self.index[shard].key(position), self.shards[shard]
+        return self.index[shard].key(position), self.shards.names[shard]
 
     def captions(self) -> Iterator[str]:
         needs_json = self.caption_column != "caption"
@@ -98,6 +99,10 @@ class TarPairs(Pairs):
             parts.append(self.index.note)
         return "; ".join(parts)
 
+    def locate_shards(self, indices: np.ndarray) -> np.ndarray:
+        """Return the number of the shard that holds each pair."""
+        return np.searchsorted(self.ends, indices, side="right")
+
     def _locate(self, index: int) -> tuple[int, int]:
         """Return the shard of a pair and its position there."""
         shard = int(np.searchsorted(self.ends, index, side="right"))
@@ -106,14 +111,13 @@ class TarPairs(Pairs):
     def _examples(self) -> dict[str, Any]:
         """Return a value of each column, looked for in pairs that are spread over all shards."""
         examples: dict[str, Any] = {self.image_column: b""}
-        if self.needs_json or self.caption_column == "caption":
-            step = max(1, len(self) // MAX_EXAMPLES)
-            for index in range(0, len(self), step):
-                for name, value in self._try_read_text(*self._locate(index), self.needs_json).items():
-                    if examples.get(name) is None:
-                        examples[name] = value
-                if not self.needs_json and "caption" in examples:
-                    break
+        step = max(1, len(self) // MAX_EXAMPLES)
+        for index in range(0, len(self), step):
+            if all(examples.get(column) is not None for column in self.columns):
+                break
+            for name, value in self._try_read_text(*self._locate(index), self.needs_json).items():
+                if examples.get(name) is None:
+                    examples[name] = value
         return examples
 
     def _text_rows(self, needs_json: bool) -> Iterator[dict[str, Any]]:
@@ -147,15 +151,14 @@ class TarPairs(Pairs):
             raise ValueError(f"the pair has no {name}")
         content = self._open(shard).read(*member)
         if len(content) != member[1]:
-            raise OSError(f"{self.shards[shard]} has become shorter")
+            raise OSError(f"{self.shards.names[shard]} has become shorter")
         return content
 
     def _open(self, shard: int) -> LocalFile:
         if shard not in self.files:
             if len(self.files) >= MAX_OPEN_FILES:
                 self.files.pop(next(iter(self.files))).close()
-            self.index.check_unchanged(shard)  # or pairs would be read at places of other files
-            self.files[shard] = LocalFile(self.shards[shard])
+            self.files[shard] = self.shards.open(shard)
         return self.files[shard]
 
 

@@ -17,6 +17,7 @@ class TrainState:
         global_batch_size: pairs per step over all processes.
         steps_per_epoch: steps per epoch, from which the position in the data follows.
         skipped_steps: steps that were skipped for non-finite gradients.
+        order_version: version of the order of the data; checkpoints that do not name one have the first.
     """
 
     step: int = 0
@@ -25,6 +26,7 @@ class TrainState:
     global_batch_size: int = 0
     steps_per_epoch: int = 1
     skipped_steps: int = 0
+    order_version: int = 1
 
     @property
     def epoch(self) -> int:

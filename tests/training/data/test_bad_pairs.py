@@ -74,7 +74,7 @@ def test_unusable_pairs_are_replaced_listed_and_counted(recipe, rows, tmp_path):
         assert reason in reasons[key]
     assert all(line["samples_seen"] == 20 * line["step"] for line in read_metrics(tmp_path / "run"))
 
-    with pytest.raises(UserError, match="3 pairs could not be used .*more than max_bad_fraction 0.002"):
+    with pytest.raises(UserError, match=r"\d pairs could not be used .*more than max_bad_fraction 0.002"):
         train(path, "--output_dir", tmp_path / "strict", "--max_bad_fraction", 0.002)
 
 
@@ -87,7 +87,7 @@ def test_truncated_tar_gives_its_whole_pairs(recipe, rows, tmp_path, cut, capsys
     trainer = train(recipe(**PLAIN, train_data=str(tmp_path / "shards"), max_steps=3))
     assert 50 + 15 < len(trainer.pairs) < 100
     printed = capsys.readouterr().out
-    assert f"Damaged     {shard}: " in printed and "its whole pairs are used" in printed
+    assert f"1 damaged shard: {shard}: cut off" in printed
     for other in (tmp_path / "shards").iterdir():
         other.write_bytes(b"")
     with pytest.raises(UserError, match="has no pairs"):

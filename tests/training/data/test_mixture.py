@@ -1,6 +1,7 @@
 """Several sources as one sequence, and sources that are not there."""
 
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from modeling_amorlip.cli_amorlip import UserError
 from tests.helpers.shards import PLAIN, make_config
 from training.data.collate import Collator
-from training.data.dataset import make_dataloader
+from training.data.dataset import PairDataset, make_dataloader
 from training.data.mixture import open_pairs
 from training.data.order import EpochOrder, PairSampler
 from training.model.tokenizer import train_tokenizer
@@ -52,3 +53,21 @@ def test_weights_must_match_sources(forms):
     source = f"{forms['parquet']}::{forms['webdataset']}"
     with pytest.raises(UserError, match="has 1 values for 2 sources"):
         open_pairs(make_config(source, train_data_weights=[1]))
+
+
+def test_workers_of_every_start_method_read_the_same_pairs(forms):
+    """Workers that are not forked receive a pickle of the data set."""
+    for form, path in forms.items():
+        config = make_config(path, **PLAIN)
+        dataset = PairDataset(open_pairs(config), config, 16)
+        copy = pickle.loads(pickle.dumps(dataset))
+        for index in (0, 57, 99):
+            sample, other = dataset[3, index], copy[3, index]
+            assert torch.equal(sample.image, other.image) and sample[1:] == other[1:], form
+
+
+def test_fingerprints_tell_other_pairs_apart(forms):
+    shards = forms["webdataset"]
+    sources = [shards, f"{shards}/{{00000..00005}}.tar", f"{shards}/{{00006..00000}}.tar", f"{shards}::{shards}"]
+    fingerprints = [open_pairs(make_config(source)).fingerprint() for source in sources]
+    assert len(set(fingerprints)) == 4 and open_pairs(make_config(shards)).fingerprint() == fingerprints[0]

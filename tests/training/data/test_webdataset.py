@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -12,7 +13,7 @@ from modeling_amorlip.cli_amorlip import UserError
 from tests.helpers.shards import make_config, write_tar
 from training.data.index_cache import IndexCache
 from training.data.mixture import open_pairs
-from training.data.tar_index import LocalFile
+from training.data.shards import LocalFile, LocalShards, ShardError
 from training.data.webdataset import TarPairs
 
 
@@ -95,15 +96,15 @@ def test_tars_without_pairs_are_refused_with_the_causes(tmp_path):
 def test_the_index_is_made_once_and_again_when_a_shard_changes(shards, cache, monkeypatch):
     scans = []
     scan = training.data.index_cache.scan_file
-    monkeypatch.setattr(training.data.index_cache, "scan_file", lambda path: scans.append(path) or scan(path))
+    monkeypatch.setattr(training.data.index_cache, "scan_file", lambda *args: scans.append(args[1]) or scan(*args))
     paths = [str(shards / f"{i}.tar") for i in range(2)]
-    IndexCache(paths)
+    IndexCache(LocalShards(paths))
     assert len(list(cache.glob("*.idx"))) == len(scans) == 2
-    IndexCache(paths)
+    IndexCache(LocalShards(paths))
     assert len(scans) == 2
     write_tar(shards / "1.tar", [("x.png", b"x"), ("x.txt", b"x")])
-    assert [summary.num_pairs for summary in IndexCache(paths).summaries] == [3, 1]
-    assert scans[2:] == [paths[1]]
+    assert [summary.num_pairs for summary in IndexCache(LocalShards(paths)).summaries] == [3, 1]
+    assert scans[2:] == [1]
 
 
 @pytest.mark.parametrize("harm", ["cut", "empty", "flipped start", "flipped pair", "foreign"])
@@ -122,7 +123,7 @@ def test_a_damaged_index_is_made_again(shards, cache, harm):
         path.write_bytes(content)
     pairs = open_pairs(make_config(shards))
     assert [pairs[i] for i in range(6)] == expected
-    again = IndexCache([str(shards / "0.tar")])
+    again = IndexCache(LocalShards([str(shards / "0.tar")]))
     assert again[0].member(0, "text")[1] == len("text 00") and not again._in_memory
 
 
@@ -139,7 +140,7 @@ def test_workers_receive_nothing_per_pair(tmp_path):
     for number in (10, 1000):
         path = tmp_path / f"{number}.tar"
         write_tar(path, [(f"{i}.{e}", b"x") for i in range(number) for e in ("png", "txt")])
-        pairs = TarPairs([str(path)], str(path), make_config(path))
+        pairs = TarPairs(LocalShards([str(path)]), str(path), make_config(path))
         sizes.append(len(pickle.dumps(pairs)))
         assert pickle.loads(pickle.dumps(pairs))[number - 1]["caption"] == "x"
     assert abs(sizes[1] - sizes[0]) < 50
@@ -153,7 +154,7 @@ def test_a_shard_that_changes_after_the_start_fails_by_pair(shards, cache):
         if damage:
             for path in cache.glob("*.idx"):
                 path.unlink()
-        with pytest.raises(OSError, match="was changed since the run began"):
+        with pytest.raises(ShardError, match="was changed since the run began"):
             worker[0]
 
 
@@ -162,3 +163,21 @@ def test_unreadable_shards_are_named(shards):
     (shards / "0.tar").chmod(stat.S_IWUSR)
     with pytest.raises(UserError, match="0.tar"):
         open_pairs(make_config(shards))
+
+
+def test_processes_of_a_node_make_an_index_once(shards, cache, monkeypatch):
+    scans = []
+    scan = training.data.index_cache.scan_file
+    monkeypatch.setattr(training.data.index_cache, "scan_file", lambda *args: scans.append(args[1]) or scan(*args))
+    local = LocalShards([str(shards / f"{i}.tar") for i in range(2)])
+    with ThreadPoolExecutor(4) as pool:  # each has its own lock, as processes have
+        caches = list(pool.map(lambda _: IndexCache(local), range(4)))
+    assert sorted(scans) == [0, 1]
+    assert all([summary.num_pairs for summary in cache.summaries] == [3, 3] for cache in caches)
+
+
+def test_long_keys_are_told_in_full(tmp_path):
+    keys = [f"{'folder/' * 40}{i}" for i in range(2)]
+    write_tar(tmp_path / "0.tar", [(f"{key}.{e}", b"x") for key in keys for e in ("png", "txt")])
+    pairs = open_pairs(make_config(tmp_path))
+    assert [pairs.describe(i)[0] for i in range(2)] == keys

@@ -1,0 +1,180 @@
+"""Remote shards give the batches of local ones, in a cache of limited size, whatever the server does."""
+
+import itertools
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import training.data.index_cache
+import training.data.remote
+import training.data.shard_cache
+from modeling_amorlip.cli_amorlip import UserError
+from tests.helpers.shard_server import ShardServer
+from tests.helpers.shards import make_config, write_shards
+from training.data.dataset import make_dataloader
+from training.data.mixture import open_pairs
+from training.data.order import EpochOrder, PairSampler
+from training.data.prefetch import PrefetchingSampler
+from training.data.shards import ShardError
+
+
+SHARDS = "{00000..00006}.tar"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of shards, and no waiting."""
+    for module in (training.data.index_cache, training.data.remote):
+        monkeypatch.setattr(module, "HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(training.data.shard_cache, "FIRST_WAIT", 0.001)
+    return tmp_path / "cache/amorlip/shards"
+
+
+@pytest.fixture
+def server(rows, tmp_path):
+    """A server of seven shards of 100 pairs."""
+    write_shards(rows, tmp_path / "shards")
+    server = ShardServer(tmp_path / "shards")
+    yield server
+    server.close()
+
+
+def read_batches(source, number=5, num_workers=0, **changes):
+    config = make_config(source, shuffle="shards", shuffle_buffer=30, dataloader_num_workers=num_workers, **changes)
+    pairs = open_pairs(config)
+    sampler = PairSampler(EpochOrder(pairs, config), len(pairs), 20, 1, 0)
+    loader = make_dataloader(pairs, config, 16, lambda samples: samples, sampler)
+    return list(itertools.islice(loader, number))
+
+
+def assert_same(batches, expected):
+    for batch, other in zip(batches, expected, strict=True):
+        for sample, reference in zip(batch, other, strict=True):
+            assert torch.equal(sample.image, reference.image) and sample[1:] == reference[1:]
+            assert not sample.bad_samples
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_remote_shards_give_the_batches_of_local_ones(server, cache, num_workers):
+    expected = read_batches(server.folder)
+    server.failures = 5
+    assert_same(read_batches(f"{server.address}/{SHARDS}", num_workers=num_workers), expected)
+    assert set(server.downloads) == {f"{i:05d}.tar" for i in range(7)}
+    assert server.failures == 0
+    first = len(server.downloads)
+    assert_same(read_batches(f"{server.address}/{SHARDS}"), expected)
+    assert len(server.downloads) == first  # the cache has them all
+
+
+def test_servers_without_ranges(server, cache, monkeypatch):
+    monkeypatch.setattr(training.data.shard_cache, "CHUNK_BYTES", 10_000)
+    server.knows_ranges = False
+    assert_same(read_batches(f"{server.address}/{SHARDS}"), read_batches(server.folder))
+
+
+def test_the_cache_keeps_its_limit(server, cache, monkeypatch):
+    sizes = [path.stat().st_size for path in server.folder.iterdir()]
+    limit = 2 * max(sizes)
+    assert limit < sum(sizes)
+    peaks = []
+    evict = training.data.shard_cache.ShardCache._evict
+
+    def watch(shard_cache, room):
+        evict(shard_cache, room)
+        peaks.append(room + sum(path.stat().st_size for path in shard_cache.folder.glob("*.*")))
+
+    monkeypatch.setattr(training.data.shard_cache.ShardCache, "_evict", watch)
+    batches = read_batches(f"{server.address}/{SHARDS}", 10, shard_cache_size=limit / 1e9)
+    assert_same(batches, read_batches(server.folder, 10))
+    # One download at a time passes eviction; the others have reserved their room.
+    assert len(peaks) >= 7 and max(peaks) <= limit + 3 * max(sizes)
+    with pytest.raises(UserError, match="shuffle samples would download a shard for every pair"):
+        open_pairs(make_config(f"{server.address}/{SHARDS}", shard_cache_size=limit / 1e9))
+    with pytest.raises(UserError, match="less than a shard"):
+        open_pairs(make_config(f"{server.address}/{SHARDS}", shard_cache_size=1e-6))
+
+
+def test_shards_are_fetched_ahead_of_the_order(server, cache):
+    config = make_config(f"{server.address}/{SHARDS}", shuffle="shards", shuffle_buffer=1)
+    pairs = open_pairs(config)
+    for path in cache.glob("*.tar"):
+        path.unlink()
+    server.downloads.clear()
+    order = EpochOrder(pairs, config)
+    fetched = threading.Event()
+    source = pairs.parts[0].shards
+    prefetch, names = source.prefetch, []
+
+    def record(shard):
+        prefetch(shard)
+        names.append(shard)
+        if len(names) == 7:
+            fetched.set()
+
+    source.prefetch = record
+    sampler = PrefetchingSampler(PairSampler(order, len(order), 10, 1, 0), pairs)
+    next(iter(sampler))
+    assert fetched.wait(60)
+    assert len(list(cache.glob("*.tar"))) == 7 and len(server.downloads) == 7
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_dead_server_ends_the_run_with_a_sentence(server, cache, monkeypatch, num_workers):
+    monkeypatch.setattr(training.data.shard_cache, "RETRY_SECONDS", 0.01)
+    config = make_config(f"{server.address}/{SHARDS}", shuffle="shards", dataloader_num_workers=num_workers)
+    pairs = pickle.loads(pickle.dumps(open_pairs(config)))  # without files that are open already
+    for path in cache.glob("*.tar"):
+        path.unlink()
+    server.close()
+    loader = make_dataloader(pairs, config, 16, list, PairSampler(EpochOrder(pairs, config), len(pairs), 20, 1, 0))
+    with pytest.raises(ShardError, match="^http.*tar could not be read for 0 s: [^\\n]*$"):
+        next(iter(loader))
+
+
+def test_a_shard_that_changes_ends_the_run(server, cache, rows, tmp_path):
+    pairs = open_pairs(make_config(f"{server.address}/{SHARDS}", shuffle="shards"))
+    for path in cache.glob("*.tar"):
+        path.unlink()
+    shard = server.folder / "00000.tar"
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ShardError, match="00000.tar was changed since the run began"):
+        pickle.loads(pickle.dumps(pairs))[0]
+    assert pairs[40]["caption"] == rows[40]["caption"]
+
+
+def test_other_stores_are_read_through_fsspec(rows, tmp_path, cache):
+    fsspec = pytest.importorskip("fsspec")
+    write_shards(rows, tmp_path / "shards")
+    store = fsspec.filesystem("memory")
+    for path in (tmp_path / "shards").iterdir():
+        store.pipe_file(f"/bucket/data/{path.name}", path.read_bytes())
+    pairs = open_pairs(make_config("memory://bucket/data/*.tar"))
+    assert len(pairs) == 100 and pairs.describe(99)[1].endswith("bucket/data/00006.tar")
+    assert [pairs[i]["caption"] for i in range(100)] == [row["caption"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("pipe:aws s3 cp s3://bucket/0.tar -", "commands are not run. Write the address itself, s3://BUCKET"),
+        ("http://127.0.0.1:9/0.tar", "http://127.0.0.1:9/0.tar cannot be read"),
+        ("memory://nothing/*.tar", "there is no memory://nothing/"),
+        ("nosuch://bucket/0.tar", "Protocol not known: nosuch"),
+        ("https://example.org/pairs.parquet", "only tars are read from there; download the table"),
+        ("hf://datasets/owner", "write hf://datasets/OWNER/NAME/PATTERN"),
+    ],
+)
+def test_addresses_that_cannot_be_read(cache, source, message):
+    with pytest.raises(UserError, match=message):
+        open_pairs(make_config(source))
+
+
+def test_pairs_of_remote_and_local_sources_mix(server, cache):
+    source = f"{server.folder}::{server.address}/00000.tar"
+    pairs = open_pairs(make_config(source))
+    assert pairs.is_remote and pairs.remote_shards(np.array([3, 100, 129])) == [(1, 0)]
