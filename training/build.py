@@ -63,7 +63,6 @@ def build_trainer(config: PretrainConfig) -> Trainer:
     module = EncoderWithObjective(encoder, objective)
     wrapped, optimizer = accelerator.prepare(module, make_optimizer(module, config))
     accelerator.register_for_checkpointing(objective)
-    # All processes have drawn the same random numbers so far; a checkpoint brings its own.
     vary_random_state(config.seed, accelerator.process_index)
     state = start_state(accelerator, sampler, checkpoint)
     dataloader, validation_loader = build_loaders(config, built, pairs, sampler)
