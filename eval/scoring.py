@@ -62,12 +62,12 @@ def log_partition_corrections(
     *,
     sinkhorn: SinkhornSettings | None = None,
     prior: Tensor | None = None,
-) -> dict[str, Tensor | None]:
-    """Return what each way of scoring subtracts from a candidate's cosine similarities: {scoring: [C] or None}.
+) -> dict[str, Tensor]:
+    """Return what each way of scoring subtracts from a candidate's cosine similarities: {scoring: [C]}.
 
-    `exact` subtracts the candidate's log-partition over the queries at hand, `amortized` the amortizer's estimate of it
-    (paper Section 3.2), `sinkhorn` the dual potential of a transport plan between queries and candidates; all in units
-    of the cosine.
+    `cosine`, which is always there, subtracts nothing, `exact` the candidate's log-partition over the queries at hand,
+    `amortized` the amortizer's estimate of it (paper Section 3.2), and `sinkhorn` the dual potential of a transport
+    plan between queries and candidates; all in units of the cosine.
 
     Args:
         gallery: Embeddings of the queries, [G, d].
@@ -77,7 +77,7 @@ def log_partition_corrections(
         prior: Expected share of queries per candidate for `sinkhorn`, [C]; uniform by default.
     """
     scorings = tuple(map(scoring_name, scorings))
-    result: dict[str, Tensor | None] = {"cosine": None}
+    result = {"cosine": torch.zeros(len(candidates))}
     scale = getattr(model, "logit_scale", torch.zeros(())).detach().float().exp().cpu()
     if "exact" in scorings:
         result["exact"] = _log_partitions(gallery, candidates, scale)[1] / scale

@@ -166,9 +166,7 @@ def _class_prior(data: TaskData) -> Tensor | None:
     return torch.tensor(prior) if prior else None
 
 
-def _score(
-    data: TaskData, samples: EncodedSamples, classifier: Tensor, corrections: dict[str, Tensor | None]
-) -> Scored:
+def _score(data: TaskData, samples: EncodedSamples, classifier: Tensor, corrections: dict[str, Tensor]) -> Scored:
     labels = samples.labels.numpy()
     metadata = samples.metadata.numpy() if samples.metadata.shape[1] else None
     scored = Scored(len(samples), {}, unreadable=samples.unreadable)
