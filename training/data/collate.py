@@ -34,7 +34,7 @@ class Collator:
 
     The dictionary holds `pixel_values` (uint8 [N, 3, H, W]), `input_ids` and `attention_mask` (int64 [N, L]),
     `lengths` (N integers: the length that each text would be padded to on its own), `sample_ids` (int64 [N]) and
-    `bad_samples`. When a pair has no replacement, the dictionary holds `bad_samples` alone.
+    `bad_samples`. When a pair has no replacement, the dictionary holds only `bad_samples`.
 
     Args:
         tokenizer: converts captions to tokens. If it returns no attention mask (as SigLIP's does), its encoder reads

@@ -78,7 +78,7 @@ def find_separator(path: str, columns: Sequence[set[str]]) -> str | None:
     header = next(_read_lines(path), "")
     for separator in SEPARATORS:
         names = set(parse_row([header], separator, 0)[0])
-        if any(wanted <= names for wanted in columns):
+        if any(required_names <= names for required_names in columns):
             return separator
     return None
 

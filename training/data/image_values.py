@@ -48,7 +48,7 @@ def resolve_image(value: Any, folder: Path) -> bytes | str:
 
 
 def check_image_values(rows: datasets.Dataset, column: str, source: str) -> None:
-    """Refuse images in a form that cannot be read, found in the first rows.
+    """Check the first rows for images in a form that cannot be read.
 
     Raises:
         UserError: images are URLs, lists of images or numbers.

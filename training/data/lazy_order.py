@@ -1,4 +1,4 @@
-"""Orders of which any part is computed when it is read, in memory that grows with the number of shards alone."""
+"""Data orders that are computed on access; memory grows with the number of shards, not with the number of pairs."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ class EpochIndices:
         sources, offsets = self._find_sources(np.asarray(positions, np.int64))
         ranks = np.empty_like(offsets)
         for number in np.unique(sources):
-            chosen = sources == number
-            ranks[chosen] = self._take(int(number), offsets[chosen])
+            mask = sources == number
+            ranks[mask] = self._take(int(number), offsets[mask])
         return self.order.pairs[ranks]
 
     def _find_sources(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -122,16 +122,16 @@ class EpochIndices:
         numbers = np.searchsorted(edges, positions, side="right") - 1
         sources, offsets = np.empty_like(positions), np.empty_like(positions)
         for number in np.unique(numbers):
-            chosen = numbers == number
+            mask = numbers == number
             permutation = Permutation(
                 int(edges[number + 1] - edges[number]), (self.seed, WINDOW_KEY, self.epoch, number)
             )
-            places = permutation(positions[chosen] - edges[number])
+            places = permutation(positions[mask] - edges[number])
             counts = windows[number + 1] - windows[number]
             ends = np.cumsum(counts)
             source = np.searchsorted(ends, places, side="right")
-            sources[chosen] = source
-            offsets[chosen] = windows[number][source] + places - (ends - counts)[source]
+            sources[mask] = source
+            offsets[mask] = windows[number][source] + places - (ends - counts)[source]
         return sources, offsets
 
     def _take(self, number: int, offsets: np.ndarray) -> np.ndarray:
@@ -143,8 +143,8 @@ class EpochIndices:
         passes, offsets = np.divmod(offsets, source.length)
         ranks = np.empty_like(offsets)
         for pass_number in np.unique(passes):
-            chosen = passes == pass_number
-            ranks[chosen] = self._order_pass(source, offsets[chosen], (int(pass_number), 1 + number))
+            mask = passes == pass_number
+            ranks[mask] = self._order_pass(source, offsets[mask], (int(pass_number), 1 + number))
         return ranks
 
     def _order_pass(self, source: _Source, offsets: np.ndarray, key: tuple[int, int]) -> np.ndarray:

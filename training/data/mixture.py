@@ -98,8 +98,8 @@ class Mixture:
         for number in np.unique(numbers):
             part = self.parts[number]
             if isinstance(part, TarPairs) and part.shards.is_remote:
-                chosen = numbers == number
-                shards[chosen] = part.locate_shards(positions[chosen] - self.starts[number])
+                mask = numbers == number
+                shards[mask] = part.locate_shards(positions[mask] - self.starts[number])
         places = zip(numbers.tolist(), shards.tolist(), strict=True)
         return list(dict.fromkeys(place for place in places if place[1] >= 0))
 

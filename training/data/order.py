@@ -43,8 +43,8 @@ class EpochOrder:
         pairs: the sources and their shards.
         config: shuffling, weights and seed.
         excluded: indices that never occur.
-        version: 2 computes indices when they are read, in memory for shards alone; 1 is the order of older runs, with
-            an array of all pairs.
+        version: 2 computes indices on access, and its memory grows with the number of shards; 1 is the order of older
+            runs, with an array of all pairs.
 
     Raises:
         UserError: the version is unknown.

@@ -39,18 +39,18 @@ class PrefetchingSampler(Sampler):
         for _ in range(NUM_DOWNLOADS):
             threading.Thread(target=self._download, args=(requests,), daemon=True).start()
         steps_ahead: deque[set[tuple[int, int]]] = deque()  # the remote shards of each step
-        requested: set[tuple[int, int]] = set()
+        outstanding: set[tuple[int, int]] = set()
         ahead = iter(self.sampler)
         for batch in self.sampler:
-            while not steps_ahead or (len(steps_ahead) < MAX_STEPS_AHEAD and self._has_room(requested)):
+            while not steps_ahead or (len(steps_ahead) < MAX_STEPS_AHEAD and self._has_room(outstanding)):
                 shards = self.pairs.remote_shards([index for _, index in next(ahead)])
                 for shard in shards:
-                    if shard not in requested:
-                        requested.add(shard)
+                    if shard not in outstanding:
+                        outstanding.add(shard)
                         requests.put(shard)
                 steps_ahead.append(set(shards))
             steps_ahead.popleft()
-            requested = set().union(*steps_ahead)
+            outstanding = set().union(*steps_ahead)
             yield batch
 
     def _has_room(self, shards: set[tuple[int, int]]) -> bool:
@@ -62,7 +62,7 @@ class PrefetchingSampler(Sampler):
     def _download(self, requests: SimpleQueue[tuple[int, int]]) -> None:
         while True:
             part, shard = requests.get()
-            with contextlib.suppress(ShardError):  # the worker that needs the shard meets it
+            with contextlib.suppress(ShardError):  # the worker that needs the shard raises it
                 self._source(part).prefetch(shard)
 
     def _source(self, part: int) -> RemoteShards:

@@ -57,7 +57,7 @@ class ShardCache:
         """Open the copy of a file, downloaded first if there is none.
 
         Raises:
-            ShardError: the file cannot be downloaded, or is not what it was at the start.
+            ShardError: the file cannot be downloaded, or changed since the start.
         """
         path = self._path(remote)
         while True:

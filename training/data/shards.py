@@ -1,4 +1,4 @@
-"""Shards as files with random access, whose changes during a run are noticed."""
+"""Shards as files with random access; a shard that changes during a run raises an error."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Shards(ABC):
         """Open a shard.
 
         Raises:
-            ShardError: it is not what it was at the start, or cannot be had.
+            ShardError: it changed since the start, or cannot be read.
         """
 
     def identity(self, shard: int) -> str:
@@ -98,7 +98,7 @@ class LocalShards(Shards):
             file = LocalFile(self.names[shard])
         except OSError as error:
             raise ShardError(f"{self.names[shard]} cannot be read: {error.strerror}") from None
-        # Places in the index hold for the file of the start alone.
+        # The offsets in the index are valid only for the file that was scanned.
         if (file.size, str(file.time)) != self.states[shard]:
             file.close()
             raise ShardError(f"{self.names[shard]} was changed since the run began")

@@ -32,7 +32,7 @@ MAX_DAMAGE_LISTED = 100
 
 @dataclass
 class Summary:
-    """What is known of a tar without its index.
+    """Counts and damage of a tar, stored at the start of its index file.
 
     Attributes:
         num_pairs: number of pairs.
