@@ -17,6 +17,7 @@ class TrainState:
         global_batch_size: pairs per step over all processes.
         steps_per_epoch: steps per epoch, from which the position in the data follows.
         skipped_steps: steps that were skipped for non-finite gradients.
+        num_pairs: pairs of the data; 0 in checkpoints of earlier versions.
     """
 
     step: int = 0
@@ -25,6 +26,7 @@ class TrainState:
     global_batch_size: int = 0
     steps_per_epoch: int = 1
     skipped_steps: int = 0
+    num_pairs: int = 0
 
     @property
     def epoch(self) -> int:
