@@ -24,7 +24,7 @@ from training.model.construction import TrainingModel, build_model
 from training.model.encoder import EncoderWithObjective, PairEncoder
 from training.objectives import OBJECTIVES, ContrastiveObjective
 from training.optimization import make_optimizer
-from training.run.checkpointing import find_checkpoint, load_checkpoint
+from training.run.checkpointing import find_checkpoint, load_checkpoint, read_train_state
 from training.run.flops import FlopMeter
 from training.run.processes import build_accelerator, vary_random_state
 from training.run.resume_settings import check_resumed_config
@@ -64,7 +64,6 @@ def build_trainer(config: PretrainConfig) -> Trainer:
     wrapped, optimizer = accelerator.prepare(module, make_optimizer(module, config))
     accelerator.register_for_checkpointing(objective)
     vary_random_state(config.seed, accelerator.process_index)
-    state = start_state(accelerator, sampler, checkpoint)
     dataloader, validation_loader = build_loaders(config, built, pairs, sampler)
     logger = RunLogger(Path(config.output_dir))
     evaluator = Evaluator(config, accelerator, logger, built.model, built.processor, encoder, tasks, validation_loader)
@@ -79,7 +78,7 @@ def build_trainer(config: PretrainConfig) -> Trainer:
         pairs=pairs,
         dataloader=dataloader,
         evaluator=evaluator,
-        state=state,
+        state=start_state(config, accelerator, sampler, len(pairs), checkpoint),
         total_steps=total_steps,
         flops=FlopMeter(built.model, built.image_size, built.context, config.patch_dropout),
         checkpoint=checkpoint,
@@ -97,7 +96,9 @@ def open_data(config: PretrainConfig, accelerator: Accelerator, tasks: list[Task
         return open_pairs(config)
 
 
-def start_state(accelerator: Accelerator, sampler: PairSampler, checkpoint: Path | None) -> TrainState:
+def start_state(
+    config: PretrainConfig, accelerator: Accelerator, sampler: PairSampler, num_pairs: int, checkpoint: Path | None
+) -> TrainState:
     """Return the position of the run, after restoring everything else from its checkpoint, and move the sampler there.
 
     Raises:
@@ -108,8 +109,15 @@ def start_state(accelerator: Accelerator, sampler: PairSampler, checkpoint: Path
         global_batch_size=sampler.global_batch_size,
         steps_per_epoch=sampler.steps_per_epoch,
         order_version=ORDER_VERSION,
+        num_pairs=num_pairs,
     )
     if checkpoint is not None:
+        saved_pairs = read_train_state(checkpoint).num_pairs
+        if saved_pairs not in (0, num_pairs) and "train_data" not in config.override:
+            raise UserError(
+                f"train_data has {num_pairs} pairs, and had {saved_pairs} when {checkpoint} was written, which changes "
+                "the order of the pairs: restore the data, or allow the change with --override train_data."
+            )
         state = load_checkpoint(accelerator, checkpoint, state)
         sampler.set_order_version(state.order_version)
     sampler.start_step = state.step
@@ -201,11 +209,16 @@ def count_steps(config: OptimizationConfig, steps_per_epoch: int) -> int:
     """Return the number of steps of the run.
 
     Raises:
-        UserError: the warmup takes all of them.
+        UserError: warmup and final decay leave no steps.
     """
     total_steps = config.num_train_epochs * steps_per_epoch
     if config.max_steps > 0:
         total_steps = min(total_steps, config.max_steps)
+    if config.lr_scheduler_type == "wsd" and config.decay_steps > total_steps - config.warmup_steps:
+        raise UserError(
+            f"decay_steps ({config.decay_steps}) and warmup_steps ({config.warmup_steps}) are more than the "
+            f"{total_steps} steps of the run: lower them or train longer."
+        )
     if config.warmup_steps >= total_steps:
         raise UserError(
             f"warmup_steps ({config.warmup_steps}) is not below the number of steps ({total_steps}): "

@@ -252,7 +252,11 @@ class OptimizationConfig:
     adam_beta1: float = setting(0.9, "Decay rate of AdamW's first moment.", ge=0, lt=1)
     adam_beta2: float = setting(0.98, "Decay rate of AdamW's second moment.", ge=0, lt=1)
     adam_epsilon: float = setting(1e-6, "Constant in AdamW's denominator.", gt=0)
-    warmup_steps: int = setting(0, "Steps of linear warmup before the cosine decay.", ge=0)
+    warmup_steps: int = setting(0, "Steps of linear warmup.", ge=0)
+    lr_scheduler_type: Literal["cosine", "constant", "wsd"] = setting(
+        "cosine", "Learning rate after the warmup: a cosine decay to 0, constant, or constant with a final decay (wsd)."
+    )
+    decay_steps: int = setting(0, "Steps of the linear decay to 0 at the end, with wsd.", ge=0)
     max_grad_norm: float = setting(1.0, "Norm that gradients are clipped to; 0 turns clipping off.", ge=0)
     max_skipped_steps: int = setting(
         20, "Number of consecutive steps skipped for non-finite gradients after which the run stops.", ge=1

@@ -38,18 +38,30 @@ def make_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.
     return optimizer
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, total_steps: int, warmup_steps: int) -> float:
-    """Set the learning rate of every group for a step (from 0), and return that of the first group.
-
-    The schedule is a linear warmup, then a cosine decay to 0.
-    """
-    if step < warmup_steps:
-        factor = (step + 1) / warmup_steps
-    else:
-        factor = (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps))) / 2
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: OptimizationConfig
+) -> float:
+    """Set the learning rate of every group for a step (from 0), and return that of the first group."""
+    factor = learning_rate_factor(step, total_steps, config)
     for group in optimizer.param_groups:
         group["lr"] = factor * group["peak_lr"]
     return optimizer.param_groups[0]["lr"]
+
+
+def learning_rate_factor(step: int, total_steps: int, config: OptimizationConfig) -> float:
+    """Return the fraction of its peak that the learning rate has in a step (from 0).
+
+    After a linear warmup, `cosine` decays to 0 along a half cosine, `constant` stays, and `wsd` (warmup, stable, decay)
+    stays until it decays linearly to 0 in the last `decay_steps`.
+    """
+    warmup_steps = config.warmup_steps
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if config.lr_scheduler_type == "constant":
+        return 1.0
+    if config.lr_scheduler_type == "wsd":
+        return min(1.0, (total_steps - step) / max(1, config.decay_steps))
+    return (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps))) / 2
 
 
 @torch.no_grad()

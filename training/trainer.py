@@ -106,18 +106,21 @@ class Trainer:
         Raises:
             UserError: the output folder cannot be written, data is lost, or too much of it is bad.
         """
-        self._open_logs()
-        self.accelerator.print(describe_run(self))
-        self._run_missed_evaluation()
-        with PreemptionHandler(self.accelerator) as preemption:
-            self._run_steps(preemption)
-            if self.state.step < self.total_steps:
-                self.accelerator.print(
-                    f"Stopped by {preemption.cause} after step {self.state.step}, which is saved. Continue with:\n"
-                    f"accelerate launch {shlex.join(resume_arguments(sys.argv))}"
-                )
-        if self.state.step == self.total_steps:
-            self._finish()
+        try:
+            self._open_logs()
+            self.accelerator.print(describe_run(self))
+            self._run_missed_evaluation()
+            with PreemptionHandler(self.accelerator) as preemption:
+                self._run_steps(preemption)
+                if self.state.step < self.total_steps:
+                    self.accelerator.print(
+                        f"Stopped by {preemption.cause} after step {self.state.step}, which is saved. Continue with:\n"
+                        f"accelerate launch {shlex.join(resume_arguments(sys.argv))}"
+                    )
+            if self.state.step == self.total_steps:
+                self._finish()
+        finally:
+            self.logger.close()
         self.accelerator.end_training()
 
     def _run_steps(self, preemption: PreemptionHandler) -> None:
@@ -130,7 +133,7 @@ class Trainer:
         while state.step < self.total_steps and not stops:
             epoch, is_last = state.epoch, state.step + 1 == self.total_steps
             logs = (state.step + 1) % config.log_every == 0 or is_last
-            learning_rate = set_learning_rates(self.optimizer, state.step, self.total_steps, config.warmup_steps)
+            learning_rate = set_learning_rates(self.optimizer, state.step, self.total_steps, config)
             batch, metrics = self._take_step(batches, logs)
             state.advance()
             self.timer.count_step()

@@ -49,12 +49,6 @@ def train(recipe_path: Path, *options: object) -> Trainer:
     return trainer
 
 
-def release_folder(trainer: Trainer) -> None:
-    """Give up a trainer's claim on its output folder, as the end of its process would."""
-    assert trainer.logger._lock is not None
-    trainer.logger._lock.close()
-
-
 def fail_in_step(trainer: Trainer, step: int, error: BaseException) -> None:
     """Make a trainer raise an error before it trains on its `step`-th batch."""
     training_step = trainer.training_step
@@ -75,7 +69,6 @@ def train_until_killed(recipe_path: Path, step: int, *options: object) -> None:
         with contextlib.suppress(Killed):
             trainer.train()
             raise AssertionError("the run ended before it was killed")
-        release_folder(trainer)
 
 
 def read_metrics(folder: Path, drop: tuple[str, ...] = TIMES) -> list[dict[str, Any]]:

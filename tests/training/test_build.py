@@ -36,6 +36,7 @@ RESNET = {"model_type": "resnet", "image_size": 32, "embedding_size": 8, "hidden
         (["--resume_from_checkpoint", "latest"], "does not exist"),
         (["--per_device_train_batch_size", "101"], "do not fill one batch"),
         (["--warmup_steps", "500"], "warmup_steps (500)"),
+        (["--lr_scheduler_type", "wsd", "--decay_steps", "17"], "decay_steps (17) and warmup_steps (2) are more than"),
         (["--eval_every", "5"], "eval_tasks is empty"),
         (["--eval_tasks", "[emoji_openmojo]"], "did you mean emoji_openmoji?"),
         (["--tokenizer", "/nowhere"], "tokenizer /nowhere cannot be loaded"),

@@ -37,11 +37,20 @@ def test_weight_decay_applies_to_matrices_only():
     assert scale["params"] == [model.logit_scale] and scale["lr"] == 1e-4
 
 
-@pytest.mark.parametrize("step, factor", [(0, 0.25), (3, 1.0), (4, 1.0), (8, 0.5), (12, 0.0)])
-def test_learning_rate_warms_up_and_follows_a_cosine(step, factor):
-    optimizer = make_optimizer(Tiny(), config(learning_rate=0.8))
-    assert set_learning_rates(optimizer, step, 12, 4) == pytest.approx(0.8 * factor, abs=1e-12)
-    assert optimizer.param_groups[2]["lr"] == pytest.approx(1e-4 * factor, abs=1e-12)
+@pytest.mark.parametrize(
+    "schedule, factors",
+    [
+        ("cosine", {0: 0.25, 3: 1.0, 4: 1.0, 8: 0.5, 12: 0.0}),
+        ("constant", {0: 0.25, 3: 1.0, 4: 1.0, 8: 1.0, 12: 1.0}),
+        ("wsd", {0: 0.25, 3: 1.0, 4: 1.0, 9: 1.0, 10: 2 / 3, 11: 1 / 3, 12: 0.0}),
+    ],
+)
+def test_schedules(schedule, factors):
+    settings = config(learning_rate=0.8, warmup_steps=4, lr_scheduler_type=schedule, decay_steps=3)
+    optimizer = make_optimizer(Tiny(), settings)
+    for step, factor in factors.items():
+        assert set_learning_rates(optimizer, step, 12, settings) == pytest.approx(0.8 * factor, abs=1e-12)
+        assert optimizer.param_groups[2]["lr"] == pytest.approx(1e-4 * factor, abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from tests.helpers.runs import (
     build,
     one_thread,
     read_metrics,
-    release_folder,
     train,
     train_until_killed,
 )
@@ -179,7 +178,6 @@ def test_failed_step_leaves_no_half_step(uninterrupted, tmp_path, stage, saved, 
         fail_once(getattr(trainer, owner), method, at_call=8)
         with pytest.raises(RuntimeError, match="in the middle of a step"):
             trainer.train()
-    release_folder(trainer)
     assert ("Step 8 failed (RuntimeError); the steps before it are saved" in capsys.readouterr().out) == (saved == 7)
     assert list_checkpoints(hurt)[-1].name == f"step_{saved:08d}"
     train(path, "--output_dir", hurt, *RESUME)
@@ -196,10 +194,21 @@ def test_data_that_fails_in_an_epochs_first_step(recipe, tmp_path):
         fail_once(trainer.bad_samples, "record", at_call=7)
         with pytest.raises(RuntimeError):
             trainer.train()
-    release_folder(trainer)
     assert list_checkpoints(hurt)[-1].name == "step_00000006"
     train(path, "--output_dir", hurt, *RESUME)
     assert read_metrics(hurt) == read_metrics(whole)
+
+
+def test_data_that_has_changed_is_refused(recipe, small_data, tmp_path):
+    data = tmp_path / "pairs.parquet"
+    shutil.copy(small_data, data)
+    path = recipe(train_data=str(data), max_steps=4, checkpoint_every=2)
+    train(path)
+    datasets.load_dataset("parquet", data_files=str(data), split="train").select(range(90)).to_parquet(data)
+    with pytest.raises(UserError, match="has 90 pairs, and had 100 when .*--override train_data"):
+        build(path, *RESUME, "--max_steps", 6)
+    train(path, *RESUME, "--max_steps", 6, "--override", "train_data")
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 7))
 
 
 def test_checkpoint_is_resumed_into_a_new_folder(recipe, tmp_path, demo_rows):
@@ -294,7 +303,6 @@ def test_evaluation_comes_after_the_checkpoint_and_is_made_up_for(recipe, task_f
         fail_once(trainer.evaluator, "evaluate", at_call=2)
         with pytest.raises(RuntimeError):
             trainer.train()
-    release_folder(trainer)
     assert list_checkpoints(stopped)[-1].name == "step_00000004" and evaluated_steps(stopped) == [2]
     train(path, "--output_dir", stopped, *RESUME)
     assert (stopped / "eval.jsonl").read_text() == (whole / "eval.jsonl").read_text()

@@ -205,7 +205,8 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, state: TrainState) -
             f"A run of {saved.num_processes} processes continues with {processes}: the samples and the mathematics are "
             "the same, but random numbers (dropout) and rounding differ; it is not the same to the last bit."
         )
-    saved.num_processes, saved.steps_per_epoch = processes, state.steps_per_epoch
+    saved.num_processes = processes
+    saved.steps_per_epoch, saved.num_pairs = state.steps_per_epoch, state.num_pairs
     return saved
 
 

@@ -35,7 +35,7 @@ class RunLogger:
         self._lock: IO[str] | None = None
 
     def open(self, settings: dict[str, Any], step: int) -> None:
-        """Claim the folder for as long as this object lives, record the settings and cut the logs to `step`.
+        """Claim the folder until `close`, record the settings and cut the logs to `step`.
 
         Args:
             settings: Every setting of the run.
@@ -53,6 +53,11 @@ class RunLogger:
                 self._cut(name, step)
         except OSError as error:
             raise UserError(f"output_dir {self.folder} cannot be written: {error.strerror}.") from None
+
+    def close(self) -> None:
+        """Give up the claim on the folder."""
+        if self._lock is not None:
+            self._lock.close()
 
     def lines(self, name: str) -> list[str]:
         """Return the complete lines of a log, whose last line may have been cut off."""

@@ -18,6 +18,7 @@ class TrainState:
         steps_per_epoch: steps per epoch, from which the position in the data follows.
         skipped_steps: steps that were skipped for non-finite gradients.
         order_version: version of the order of the data; checkpoints that do not name one have the first.
+        num_pairs: pairs of the data; 0 in checkpoints of earlier versions.
     """
 
     step: int = 0
@@ -27,6 +28,7 @@ class TrainState:
     steps_per_epoch: int = 1
     skipped_steps: int = 0
     order_version: int = 1
+    num_pairs: int = 0
 
     @property
     def epoch(self) -> int:

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,7 +115,9 @@ def test_file_systems_without_locks_and_flushes(recipe, tmp_path, monkeypatch, c
         fsync(descriptor)
 
     checkpointing._warn_once.cache_clear()
-    monkeypatch.setattr(fcntl, "flock", no_flock)
+    # In this module alone: other libraries lock files in their caches, and wait.
+    without_locks = SimpleNamespace(flock=no_flock, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB)
+    monkeypatch.setattr(checkpointing, "fcntl", without_locks)
     monkeypatch.setattr(os, "fsync", fsync_of_files)
     train(recipe(max_steps=4, checkpoint_every=1))
     errors = capsys.readouterr().err

@@ -45,7 +45,6 @@ def test_signals_stop_after_the_step_and_save_it(recipe, tmp_path, monkeypatch, 
         trainer = build(path, "--output_dir", stopped)
         signal_in_step(trainer, 5, signals)
         trainer.train()
-    trainer.logger._lock.close()
     assert [signal.getsignal(getattr(signal, name)) for name in signals] == handlers
     printed = capsys.readouterr().out
     assert f"Stopped by {signals[0]} after step 5" in printed
