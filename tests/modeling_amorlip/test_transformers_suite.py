@@ -13,7 +13,7 @@ from tests.helpers.checkout import ROOT
 
 @pytest.mark.interop
 def test_transformers_own_tests_pass(tmp_path):
-    """Needs a package index; what does not apply to us is listed, with reasons, in tests/helpers/transformers_suite.py."""
+    """Needs a package index. tests/helpers/transformers_suite.py lists what does not apply, with reasons."""
     pip = [sys.executable, "-m", "pip", "--quiet"]
     release = f"transformers=={transformers.__version__}"
     options = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest", str(tmp_path)]
