@@ -61,6 +61,13 @@ INAPPLICABLE_TO_DUAL = {
 INAPPLICABLE_TO_VISION = {
     "test_model_get_set_embeddings": "an image encoder's embedding is a convolution; see test_capabilities.py",
 }
+INAPPLICABLE_TO_RESNET = {
+    "test_get_image_features_hidden_states": "one state per block, not per layer; see test_resnet.py",
+    "test_get_image_features_output_0": "the last state is a feature map, its width not in the last place",
+    "test_get_image_features_output_1": "the last state is a feature map, its width not in the last place",
+    "test_get_image_features_output_2": "the last state is a feature map, its width not in the last place",
+    "test_hidden_states_output": "one state per block, not per layer; see test_resnet.py",
+}
 INPUTS = {
     AmorLIPModel: ("input_ids", "attention_mask", "pixel_values"),
     AmorLIPVisionModelWithProjection: ("pixel_values",),
@@ -118,6 +125,8 @@ def make_case(towers: str, model_class: type) -> type:
     inapplicable = (
         INAPPLICABLE | (INAPPLICABLE_TO_DUAL if is_dual else {}) | ({} if has_texts else INAPPLICABLE_TO_VISION)
     )
+    if "resnet" in towers and model_class is not AmorLIPTextModelWithProjection:
+        inapplicable |= INAPPLICABLE_TO_RESNET
     for name, reason in inapplicable.items():
         if hasattr(common.ModelTesterMixin, name):
             members[name] = unittest.skip(reason)(lambda self: None)
