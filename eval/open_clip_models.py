@@ -24,6 +24,7 @@ class OpenCLIPModel(nn.Module):
         super().__init__()
         self.model: Any = model
         self.logit_scale: Tensor = model.logit_scale
+        self.logit_bias: Tensor | None = getattr(model, "logit_bias", None)  # SigLIP's
         text_config = SimpleNamespace(max_position_embeddings=model.context_length)
         self.config = SimpleNamespace(model_type="open_clip", text_config=text_config)
 

@@ -63,12 +63,13 @@ def _escape_unencodable_output() -> None:
 def _stdout_is_closed() -> bool:
     """Return whether nobody reads stdout any more; if so, discard what it still buffers."""
     try:
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)
-        is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
-    except (AttributeError, OSError):  # a system without poll, or a stdout that is no file
+        descriptor = sys.stdout.fileno()
+        poller = select.poll()
+        poller.register(descriptor, 0)
+        is_closed = any(event & select.POLLERR for _, event in poller.poll(0))
+    except (AttributeError, io.UnsupportedOperation):  # Windows, or a stdout that is no file
         return False
     if is_closed:
         # The interpreter flushes stdout once more at exit, which would print a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     return is_closed
