@@ -150,8 +150,12 @@ class Report:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it lacks what results hold: {error!r}") from None
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, plot: bool = True) -> None:
         """Write the report as JSON, and beside it its metrics as CSV and a plot; each appears whole or not at all.
+
+        Args:
+            path: JSON file; the others have its name.
+            plot: Whether to draw the plot, which takes longer than the rest.
 
         Raises:
             UserError: The folder cannot be written to.
@@ -168,7 +172,7 @@ class Report:
                 for result in self.tasks.values()
                 if result.status in EVALUATED
             ]
-            if bars:
+            if bars and plot:
                 score_bars(bars, aside.with_suffix(".png"))
                 os.replace(aside.with_suffix(".png"), path.with_suffix(".png"))
         except OSError as error:

@@ -74,7 +74,7 @@ def run_tasks(
             result = unevaluated(task, status, str(error).strip() or type(error).__name__)
         report.tasks[task.name] = result
         if arguments.output and shard.rank == 0:
-            report.write(arguments.output)
+            report.write(arguments.output, plot=task is tasks[-1])
 
 
 def start_report(arguments: argparse.Namespace, model: Any, processor: Any) -> Report:
