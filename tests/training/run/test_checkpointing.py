@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from modeling_amorlip.cli_amorlip import UserError
-from tests.helpers.checkout import ROOT, environment_with_threads, pretrain
+from tests.helpers.checkout import ROOT, TINY, environment_with_threads, pretrain
 from tests.helpers.runs import assert_same_weights, build, read_metrics, train, train_until_killed
 from training.run import checkpointing
 from training.run.checkpointing import find_checkpoint, find_damage, list_checkpoints, lock_folder
@@ -89,7 +89,8 @@ def test_checkpoints_kept_for_good(recipe, tmp_path):
 
 @pytest.mark.e2e
 def test_another_number_of_processes_goes_on(recipe, tmp_path):
-    path = recipe(max_steps=6, augmentation={}, checkpoint_every=3)
+    vision = {**TINY["vision_config"], "attention_dropout": 0.0}  # processes draw other dropout masks
+    path = recipe(max_steps=6, augmentation={}, checkpoint_every=3, vision_config=vision)
     one, two = tmp_path / "one", tmp_path / "two"
     train(path, "--output_dir", one)
     train_until_killed(path, 5, "--output_dir", two)
@@ -99,7 +100,7 @@ def test_another_number_of_processes_goes_on(recipe, tmp_path):
     assert result.returncode == 0 and "not the same to the last bit" in result.stdout, result.stderr
     ours, theirs = read_metrics(two), read_metrics(one)
     assert [line["step"] for line in ours] == [1, 2, 3, 4, 5, 6]
-    assert ours[3]["loss"] == pytest.approx(theirs[3]["loss"], rel=0.05)  # dropout differs
+    assert ours[3]["loss"] == pytest.approx(theirs[3]["loss"], rel=1e-4)
 
 
 def test_file_systems_without_locks_and_flushes(recipe, tmp_path, monkeypatch, capsys):
