@@ -26,7 +26,7 @@ from training.objectives import OBJECTIVES, ContrastiveObjective
 from training.optimization import make_optimizer
 from training.run.checkpointing import find_checkpoint, load_checkpoint, read_train_state
 from training.run.flops import FlopMeter
-from training.run.processes import build_accelerator, vary_random_state
+from training.run.processes import build_accelerator, check_same_data, vary_random_state
 from training.run.resume_settings import check_resumed_config
 from training.run.run_logger import RunLogger, read_run_config
 from training.run.train_state import TrainState
@@ -89,11 +89,13 @@ def open_data(config: PretrainConfig, accelerator: Accelerator, tasks: list[Task
     """Open the training pairs, and find the data of the tasks.
 
     Raises:
-        UserError: data is missing or cannot be read.
+        UserError: data is missing, cannot be read, or differs between processes.
     """
     with accelerator.local_main_process_first():  # one process per machine converts data, the others read its cache
         check_task_data(tasks, task_data_dir(config))
-        return open_pairs(config)
+        pairs = open_pairs(config)
+    check_same_data(accelerator, pairs)
+    return pairs
 
 
 def start_state(

@@ -114,7 +114,8 @@ class Mixture:
         for number, part in enumerate(self.parts):
             ends = self.starts[number + 1] - 1, self.starts[number]
             keys = [self.describe(int(index))[0] for index in ends] if len(part) else []
-            digest.update(repr((part.shard_sizes, keys)).encode("utf-8", "surrogateescape"))
+            first_caption = next(iter(part.captions()), None)
+            digest.update(repr((part.shard_sizes, keys, first_caption)).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()[:16]
 
     def report(self) -> list[str]:

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import PretrainConfig
+from training.data.mixture import Mixture
 from training.run.launcher import (
     check_gradient_accumulation,
     choose_precision,
@@ -84,6 +85,21 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def check_same_data(accelerator: Accelerator, pairs: Mixture) -> None:
+    """Check that all processes see the same pairs in the same order.
+
+    Raises:
+        UserError: some see other pairs, in all processes.
+    """
+    views = gather_object([(len(pairs), pairs.fingerprint())])
+    others = [rank for rank, view in enumerate(views) if view != views[0]]
+    if others:
+        raise UserError(
+            f"Processes see different data: process 0 has {views[0][0]} pairs in train_data, and process {others[0]} "
+            f"has {views[others[0]][0]}, or other ones. Give every machine the same files under the same names."
+        )
 
 
 def check_shared(accelerator: Accelerator, file: Path) -> None:
