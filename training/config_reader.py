@@ -155,7 +155,7 @@ def build(cls: type[T], values: Any, prefix: str = "") -> T:
 def convert(value: Any, hint: Any, name: str) -> Any:
     """Return a value converted to a type; raise UserError with the field's name where that is impossible."""
     hint, optional = remove_none(hint)
-    if value is None and optional:
+    if optional and (value is None or (value == {} and dataclasses.is_dataclass(hint))):
         return None
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build(hint, value, f"{name}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,7 @@ class EncoderWithObjective(nn.Module):
     def __init__(self, encoder: PairEncoder, objective: ContrastiveObjective):
         super().__init__()
         self.encoder = encoder
+        self.register_load_state_dict_pre_hook(rename_weights_of_0_1)
         self._unregistered_objective = [objective]
         self.num_objective_calls = 0
         """Number of calls that may have changed the objective's state."""
@@ -178,6 +179,13 @@ class EncoderWithObjective(nn.Module):
         """Tell the objective that an epoch (from 0) starts."""
         self.num_objective_calls += 1
         self.objective.on_epoch_start(epoch, num_epochs)
+
+
+def rename_weights_of_0_1(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Rename the weights of checkpoints from version 0.1, which wrapped the encoder without the objective."""
+    old = f"{prefix}model."
+    for name in [name for name in state_dict if name.startswith(old)]:
+        state_dict[f"{prefix}encoder.model.{name.removeprefix(old)}"] = state_dict.pop(name)
 
 
 def surrogate_loss(embeddings: PairEmbeddings, gradients: EmbeddingGradients) -> Tensor:
