@@ -10,7 +10,14 @@ from tests.helpers.checkout import ROOT
 
 
 LAYERS = {"modeling_amorlip": 0, "eval": 1, "training": 2}
-TRAVELING = {"configuration_amorlip", "modeling_amorlip", "encoders_amorlip", "resnet_amorlip", "amortizer_amorlip"}
+TRAVELING = {
+    "configuration_amorlip",
+    "modeling_amorlip",
+    "encoders_amorlip",
+    "resnet_amorlip",
+    "amortizer_amorlip",
+    "pipeline_amorlip",
+}
 SCRIPT_FOLDERS = sorted({path.parent for layer in LAYERS for path in (ROOT / layer).rglob("*.py")})
 
 

@@ -22,6 +22,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 @pytest.mark.skipif(HAS_KERNELS, reason="the kernels run in this process")
+@pytest.mark.e2e
 def test_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "not compile and not interpreter"]

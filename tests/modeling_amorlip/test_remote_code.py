@@ -129,6 +129,7 @@ def models(tmp_path_factory, demo_rows):
     return root, models
 
 
+@pytest.mark.e2e
 def test_folders_load_without_the_package(models, demo_rows, tmp_path):
     root, models = models
     environment = {**environment_with_threads(1), "HF_HOME": str(tmp_path)}

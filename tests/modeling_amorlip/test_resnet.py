@@ -130,6 +130,7 @@ def test_round_trip_through_the_auto_classes(model, tmp_path, dtype):
     torch.testing.assert_close(got, expected, rtol=0, atol=0 if dtype == torch.float32 else 0.03)
 
 
+@pytest.mark.e2e
 def test_folders_load_where_the_package_is_not_importable(model, tmp_path):
     config = AmorLIPConfig(vision_config=VISION, text_config=TINY["text_config"], projection_dim=32)
     dual = AmorLIPModel(config).eval()

@@ -13,7 +13,7 @@ def trained(tmp_path_factory):
     outputs = {}
     for processes in (1, 2, 4):
         path = folder / f"{processes}.pt"
-        result = run("tests/helpers/layouts.py", path, launch=processes if processes > 1 else None)
+        result = run("tests/helpers/layouts.py", path, launch=processes)
         assert result.returncode == 0, result.stderr
         outputs[processes] = torch.load(path)
     assert all(value.dtype != torch.float32 for results in outputs[1]["results"].values() for value in results.values())

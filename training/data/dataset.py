@@ -138,7 +138,13 @@ def make_dataloader(
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=choose_prefetch_factor(config, image_size) if num_workers else None,
         generator=torch.Generator(),  # otherwise iterating draws from the global generator, which checkpoints restore
+        worker_init_fn=init_worker,
     )
+
+
+def init_worker(worker: int) -> None:
+    """Tokenize in one thread: the tokenizer's thread pool does not survive a fork, and waiting for it never ends."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def choose_prefetch_factor(config: PretrainConfig, image_size: int) -> int:
