@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
 from eval.apps.outputs import printable
-from eval.apps.search import EXACT, SearchResult, check_scoring, draw_sheet, main, search
+from eval.apps.search import SearchResult, check_scoring, draw_sheet, main, search
 from eval.scoring import SCORINGS
 from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.embedder_amorlip import encode_texts
@@ -104,7 +104,7 @@ def test_exact_scoring_demotes_hub_image(loaded):
     away = texts - (texts @ hub)[:, None] * hub  # of each query what the others have not
     images = torch.cat([hub[None], torch.nn.functional.normalize(away, dim=-1)])
     assert search(model, processor, QUERIES, images).argmax(1).tolist() == [0, 0, 0]
-    assert search(model, processor, QUERIES, images, EXACT).argmax(1).tolist() == [1, 2, 3]
+    assert search(model, processor, QUERIES, images, "exact").argmax(1).tolist() == [1, 2, 3]
 
 
 def test_exact_scoring_ranks_by_probability_of_query(loaded):
@@ -113,7 +113,7 @@ def test_exact_scoring_ranks_by_probability_of_query(loaded):
     model.logit_scale.data.fill_(math.log(100))
     images = torch.nn.functional.normalize(torch.randn(50, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
     logits = 100 * encode_texts(model, processor, QUERIES).double() @ images.double().T
-    for i, scores in enumerate(search(model, processor, QUERIES, images, EXACT)):
+    for i, scores in enumerate(search(model, processor, QUERIES, images, "exact")):
         others = torch.cat([logits[:i], logits[i + 1 :]]).logsumexp(0)
         log_probability = -torch.log1p((others - logits[i]).exp())
         assert scores.argsort(descending=True).tolist() == log_probability.argsort(descending=True).tolist()
@@ -233,8 +233,8 @@ def test_sheet_leaves_out_images_that_are_gone(emoji_files, tmp_path, capsys):
 
 def test_repeated_queries_count_once(loaded):
     images = torch.nn.functional.normalize(torch.randn(9, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
-    scores = search(*loaded, QUERIES, images, EXACT)
-    repeated = search(*loaded, [*QUERIES, QUERIES[0]], images, EXACT)
+    scores = search(*loaded, QUERIES, images, "exact")
+    repeated = search(*loaded, [*QUERIES, QUERIES[0]], images, "exact")
     torch.testing.assert_close(repeated, scores[[0, 1, 2, 0]])
 
 
@@ -244,6 +244,6 @@ def test_every_scoring_corrects_images_alike_for_all_queries(loaded, scoring):
     images = torch.nn.functional.normalize(torch.randn(9, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
     corrections = search(*loaded, QUERIES, images) - search(*loaded, QUERIES, images, scoring, SAMPLE)
     assert corrections.shape == (3, 9) and corrections.isfinite().all()
-    if scoring != EXACT:
+    if scoring != "exact":
         torch.testing.assert_close(corrections, corrections[:1].expand(3, 9))
     assert (scoring == "cosine") == bool((corrections == 0).all())
