@@ -287,8 +287,10 @@ def environment(hub, folder, token="hf_good", **more):
 def connect(monkeypatch, hub, folder, token="hf_good"):
     """Let the client in this process talk to the hub, with an empty cache."""
     from huggingface_hub import constants
+    from huggingface_hub.hf_api import api
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(api, "endpoint", hub.endpoint)  # functions such as list_repo_tree are methods of this object
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     )
