@@ -24,7 +24,7 @@ from eval.tasks import ROOT, Task
 from modeling_amorlip.cli_amorlip import UserError
 
 
-__all__ = ["RESAMPLES", "EvaluationOptions", "ProcessShard", "evaluate", "evaluate_task", "unevaluated"]
+__all__ = ["RESAMPLES", "EvaluationOptions", "ProcessShard", "evaluate_task", "unevaluated"]
 
 RESAMPLES = 1000
 MAX_NAMED = 20  # unreadable samples that a result names
@@ -202,10 +202,3 @@ def _bootstrap(scored: Scored, scoring: str, metric: str, resamples: int) -> lis
         for _ in range(resamples)
     ]
     return [float(value) for value in np.nanpercentile(values, [2.5, 97.5])]
-
-
-def evaluate(
-    model: Any, processor: Any, task: Task, share: ProcessShard, sheet: Path | None = None
-) -> list[TaskResult]:
-    """Return a task's result without confidence intervals, as training reports it."""
-    return [evaluate_task(model, processor, task, share=share, sheet=sheet, resamples=0)]

@@ -11,18 +11,7 @@ from training.data.mixture import Mixture
 
 
 class ArrayOrder:
-    """Map an epoch to the indices of its pairs, in order (int64 [len(self)]).
-
-    With `shuffle: samples`, all pairs are shuffled. With `shuffle: shards`, the shards are shuffled and then the pairs
-    within windows of `shuffle_buffer`, which reads files nearly sequentially. With `shuffle: none`, pairs keep their
-    order. With `samples_per_epoch` or `train_data_weights`, each source is passed through repeatedly and an epoch takes
-    the next pairs of each.
-
-    Args:
-        pairs: the sources and their shards.
-        config: shuffling, weights and seed.
-        excluded: indices that never occur.
-    """
+    """Version 1 of `EpochOrder`: an array of all pairs per epoch (int64 [len(self)]); arguments as there."""
 
     def __init__(self, pairs: Mixture, config: PretrainConfig, excluded: np.ndarray | Sequence[int] = ()):
         self.config, self.excluded = config, np.sort(np.asarray(excluded, np.int64))

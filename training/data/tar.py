@@ -18,7 +18,6 @@ WINDOW = 4096  # bytes read at a header: small members follow it closely
 SCAN_BYTES = 2**20
 MAX_EXTENDED_HEADER = 2**24
 
-REGULAR_TYPES = b"07"
 LINK_TYPES = b"12"
 EXTENDED_TYPES = b"xXgLK"
 TYPES_WITHOUT_CONTENT = b"123456"

@@ -19,7 +19,6 @@ def describe_run(trainer: Trainer) -> str:
     lines = [
         f"Device      {accelerator.device} x {accelerator.num_processes} "
         f"({'found' if torch.cuda.is_available() else 'no GPU found'})",
-        f"Precision   {accelerator.mixed_precision} (mixed_precision {config.mixed_precision})",
         f"Objective   {config.objective}, {config.negatives} negatives",
         f"Parameters  {describe_parameters(trainer)}",
         f"Data        {len(trainer.pairs)} pairs of {config.train_data}",

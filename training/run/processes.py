@@ -37,7 +37,7 @@ def build_accelerator(config: PretrainConfig) -> Accelerator:
     join_slurm_step()
     launcher = read_launcher_settings(os.environ, parent_command())
     check_gradient_accumulation(launcher)
-    precision, _ = choose_precision(
+    precision, reason = choose_precision(
         config.mixed_precision,
         launcher.mixed_precision,
         has_gpu=torch.cuda.is_available(),
@@ -56,6 +56,7 @@ def build_accelerator(config: PretrainConfig) -> Accelerator:
             f"Accelerate is set up for {kind.value}; here every process has a whole model (MULTI_GPU, see "
             "training/accelerate_configs/). gradient_checkpointing and micro_batch_size save memory."
         )
+    accelerator.print(f"Precision   {precision} ({reason})")
     return accelerator
 
 
