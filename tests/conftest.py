@@ -17,7 +17,7 @@ import torch
 import yaml
 
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # as many workers of pytest-xdist as cores share the machine
 
 
 @pytest.fixture(autouse=True)
