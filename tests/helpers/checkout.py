@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
+from multiprocessing.connection import wait
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -57,19 +61,15 @@ TINY = {
 def run(*command: object, launch: int | None = None, threads: int = 1, timeout: int = 300) -> CompletedProcess:
     """Run a script of the repository, or `-m MODULE`, from its root, and return exit status and output.
 
-    It runs in this process, as `python` would run it, unless `launch` asks for several processes.
+    It runs in this process, as `python` would run it, unless `launch` asks for processes of their own.
 
     Args:
-        launch: number of processes, started by torchrun.
+        launch: number of processes of their own; several get the environment that torchrun would give them.
         threads: torch threads; sums are equal bit for bit only with equal numbers of threads.
-        timeout: seconds that several processes may take.
+        timeout: seconds that processes of their own may take.
     """
     words = list(map(str, command))
-    if launch is None:
-        return _run_in_process(words, threads)
-    # `accelerate launch --cpu` starts several processes through MPI only; torchrun starts them anywhere.
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(launch)]
-    return run_python(*torchrun, *words, threads=threads, timeout=timeout)
+    return _run_in_process(words, threads) if launch is None else _run_forked(words, launch, threads, timeout)
 
 
 def run_python(*words: object, threads: int = 1, timeout: int = 300) -> CompletedProcess:
@@ -109,6 +109,56 @@ def _run_in_process(words: list[str], threads: int) -> CompletedProcess:
         torch.set_num_threads(num_threads)
         _reset_accelerate()
     return CompletedProcess(words, status, stdout.getvalue(), stderr.getvalue())
+
+
+def _run_forked(words: list[str], processes: int, threads: int, timeout: int) -> CompletedProcess:
+    """Run processes forked from a server that has imported everything, which saves ten seconds per process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.build", "eval.run", __name__])
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        ranks = []
+        for group in _process_groups(processes):
+            environment = environment_with_threads(threads) | group
+            ranks.append(context.Process(target=_run_rank, args=(words, environment, *outputs)))
+            ranks[-1].start()
+        deadline = time.monotonic() + timeout
+        running = list(ranks)
+        while running and time.monotonic() < deadline:
+            wait([process.sentinel for process in running], deadline - time.monotonic())
+            running = [process for process in running if process.exitcode is None]
+            if any(process.exitcode for process in ranks):  # as torchrun does, end the others
+                deadline = min(deadline, time.monotonic() + 5)
+        for process in running:
+            process.kill()
+        for process in ranks:
+            process.join()
+        status = next((process.exitcode for process in ranks if process.exitcode), 0)
+        return CompletedProcess(words, status, *(path.read_text() for path in outputs))
+
+
+def _process_groups(processes: int) -> list[dict[str, str]]:
+    """Return the environment variables by which each process of a group finds the others; one process needs none."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    return [{**address, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def _run_rank(words: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> None:
+    """Run a script as one process of a group; errors and exit statuses are those of the process."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def _reset_accelerate() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers.checkout import run, run_python
+from tests.helpers.checkout import run
 from tests.helpers.layouts import CASES
 
 
@@ -14,8 +14,7 @@ def trained(tmp_path_factory):
     for processes in (1, 2, 4):
         path = folder / f"{processes}.pt"
         script = "tests/helpers/layouts.py"
-        # Not in this process, whose default dtype the script would change.
-        result = run(script, path, launch=processes) if processes > 1 else run_python(script, path)
+        result = run(script, path, launch=processes)  # one too: the script changes the default dtype of its process
         assert result.returncode == 0, result.stderr
         outputs[processes] = torch.load(path)
     assert all(value.dtype != torch.float32 for results in outputs[1]["results"].values() for value in results.values())
