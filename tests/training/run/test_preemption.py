@@ -75,11 +75,12 @@ def test_processes_that_lose_their_launcher_stop(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     handler = PreemptionHandler(Accelerator(cpu=True))
     assert not handler.should_stop(at_sync_point=True)
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    parent = os.getppid()
+    monkeypatch.setattr(os, "getppid", lambda: parent + 1)
     assert handler.should_stop(at_sync_point=True) and handler.cause == "the end of its launcher"
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     alone = PreemptionHandler(Accelerator(cpu=True))
-    monkeypatch.setattr(os, "getppid", lambda: 2)
+    monkeypatch.setattr(os, "getppid", lambda: parent + 2)
     assert not alone.should_stop(at_sync_point=True), "a shell may end before what it has started"
 
 
