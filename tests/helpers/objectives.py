@@ -14,6 +14,7 @@ VARIANTS = [
     ("fastclip", {"version": "v1"}),
     ("fastclip", {"version": "v2"}),
     ("fastclip", {"version": "v3"}),
+    ("fastclip", {"version": "v3", "gamma_offset": 10.0}),
     ("neuclip", {}),
     *(
         ("amorlip", {"partition_source": source, "amortization": "l2_log", "reinitialize": True})

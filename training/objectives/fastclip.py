@@ -2,7 +2,8 @@
 
 Both minimize the global contrastive loss tau log g_i, where g_i is the mean of exp(l_ij - l_ii) over all negatives of
 the *data set*. The gradient needs 1 / g_i, for which u_i stands, a running average over the batches that held sample i.
-Estimates are kept as logarithms, since exp(l_ij - l_ii) reaches e^200.
+Estimates are kept as logarithms, since exp(l_ij - l_ii) reaches e^200. SCENT (arXiv 2602.02877) gives each sample an
+averaging rate of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from modeling_amorlip import AmorLIPConfig
 from modeling_amorlip.distributed_amorlip import all_gather, world_size
@@ -40,6 +42,7 @@ class FastCLIPObjective(ContrastiveObjective):
         version: Literal["v1", "v2", "v3"] = "v3"
         gamma: float = 0.2  # weight of the batch in u <- (1 - gamma) u + gamma g, at the end of its schedule
         gamma_decay_fraction: float = 0.5  # fraction of the epochs over which gamma falls from 1, along a half cosine
+        gamma_offset: float | None = None  # gamma is sigmoid(log u + gamma_offset), per sample; SCENT takes 10
         rho: float = 6.5  # temperature regularizer tau rho of v2 and v3
         epsilon: float = 1e-14  # added to u
         temperature_learning_rate: float = 1e-3  # Adam's, for the temperatures of v2
@@ -129,7 +132,11 @@ class FastCLIPObjective(ContrastiveObjective):
     def _update_estimates(self, log_g: Tensor, sample_ids: Tensor) -> Tensor:
         """Return log u [2, N] of the batch's samples after u <- (1 - gamma) u + gamma g; unseen samples start at g."""
         previous, log_u = self.log_u[:, sample_ids], log_g
-        if self.gamma < 1:
+        offset = getattr(self.arguments, "gamma_offset", None)
+        if offset is not None:
+            old, new = logsigmoid(-previous - offset), logsigmoid(previous + offset)
+            log_u = torch.where(previous.isinf(), log_g, torch.logaddexp(previous + old, log_g + new))
+        elif self.gamma < 1:
             mixed = torch.logaddexp(previous + math.log1p(-self.gamma), log_g + math.log(self.gamma))
             log_u = torch.where(previous.isinf(), log_g, mixed)
         self._store(sample_ids, log_u=log_u)

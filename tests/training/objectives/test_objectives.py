@@ -357,6 +357,19 @@ def test_fastclip_estimates_and_gamma_follow_the_paper():
     assert objective.log_u.isfinite().sum() == 16
 
 
+def test_fastclip_averages_each_sample_at_its_own_rate():
+    objective = make_objective("fastclip", {"gamma_offset": 1.5})
+    ids = torch.arange(8)
+    log_g = 4 * torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(0))
+    objective.on_epoch_start(0, 10)
+    for values in log_g:
+        log_u = objective._update_estimates(values, ids)
+    first, second = log_g.double()
+    gamma = 1 / (1 + (-first - 1.5).exp())
+    expected = ((1 - gamma) * first.exp() + gamma * second.exp()).log()
+    torch.testing.assert_close(log_u.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_fastclip_v2_moves_temperatures_downhill():
     objective = make_objective("fastclip", {"version": "v2", "rho": 0.0}, logit_scale_init_value=math.log(10.0))
     x, y, s = make_batch(8, d=D)
