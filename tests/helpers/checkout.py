@@ -156,7 +156,6 @@ def _run_rank(words: list[str], environment: dict[str, str], stdout: Path, stder
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 
