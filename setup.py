@@ -15,7 +15,7 @@ EVAL = [
     "evaluate>=0.4.3",  # metrics as modules that others can load
     "jinja2>=3.1",  # model cards from their template
     "matplotlib>=3.8",  # plots and contact sheets
-    "pillow>=11",  # decoding and resizing images
+    "pillow>=11.3",  # decoding and resizing images
     "pyyaml>=6",  # task files
     "tqdm>=4.67",  # progress bars
 ]
@@ -79,8 +79,8 @@ setup(
     packages=["modeling_amorlip"],
     package_data={"modeling_amorlip": ["py.typed"]},
     install_requires=[
-        "huggingface_hub>=1.5,<3",  # strict configuration classes (an internal module); the Hub
-        "pillow>=11",  # decoding and resizing images
+        "huggingface_hub>=1.33,<3",  # strict configuration classes (an internal module); the Hub
+        "pillow>=11.3",  # decoding and resizing images
         "safetensors>=0.8",  # the only format weights are written in
         "torch>=2.7",
         "transformers>=5.13.1,<6",  # towers, Auto classes, processors, pipelines; some of its helpers are internal

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,9 @@ def contact_sheet(
             axis.imshow(image)
             _write_captions(axis, name, captions)
     figure.subplots_adjust(hspace=space, left=0.02, right=0.98, top=0.98, bottom=0.1)
-    figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for what no font has
+        figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.2)
     plt.close(figure)
 
 
