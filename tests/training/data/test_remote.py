@@ -165,7 +165,8 @@ def test_other_stores_are_read_through_fsspec(rows, tmp_path, cache):
         ("http://127.0.0.1:9/0.tar", "http://127.0.0.1:9/0.tar cannot be read"),
         ("memory://nothing/*.tar", "there is no memory://nothing/"),
         ("nosuch://bucket/0.tar", "Protocol not known: nosuch"),
-        ("https://example.org/pairs.parquet", "only tars are read from there; download the table"),
+        ("http://127.0.0.1:9/pairs.parquet", "http://127.0.0.1:9/pairs.parquet cannot be read"),
+        ("http://127.0.0.1:9/pairs.zip", "only files that are all .tar or all of one of .parquet"),
         ("hf://datasets/owner", "write hf://datasets/OWNER/NAME/PATTERN"),
     ],
 )

@@ -124,7 +124,7 @@ def test_a_damaged_index_is_made_again(shards, cache, harm):
     pairs = open_pairs(make_config(shards))
     assert [pairs[i] for i in range(6)] == expected
     again = IndexCache(LocalShards([str(shards / "0.tar")]))
-    assert again[0].member(0, "text")[1] == len("text 00") and not again._in_memory
+    assert again.places(0, 0).text.size == len("text 00") and not again._in_memory
 
 
 def test_an_unwritable_cache_is_told_and_done_without(shards, cache, monkeypatch):
