@@ -47,12 +47,13 @@ def resolve_image(value: Any, folder: Path) -> bytes | str:
     return str(beside) if os.path.isabs(value) or beside.exists() or not os.path.exists(value) else value
 
 
-def check_image_values(rows: datasets.Dataset, column: str, source: str) -> None:
+def check_image_values(rows: datasets.Dataset, column: str, source: str, folder: Path) -> None:
     """Check the first rows for images in a form that cannot be read.
 
     Raises:
-        UserError: images are URLs, lists of images or numbers.
+        UserError: images are URLs, lists of images or numbers, or none of the files that they name is there.
     """
+    missing = []
     for row in range(min(MAX_CHECKED, len(rows))):
         value = rows[row][column]
         if isinstance(value, dict):
@@ -66,6 +67,11 @@ def check_image_values(rows: datasets.Dataset, column: str, source: str) -> None
             raise UserError(f"{where} holds lists of {type(value[0]).__name__}s; it must hold one image per row.")
         if not isinstance(value, (str, bytes, list, type(None))):
             raise UserError(f"{where} holds {type(value).__name__}s; it must hold paths or encoded images.")
+        image = resolve_image(value, folder) if isinstance(value, str) and value else b""
+        if isinstance(image, str) and not os.path.exists(image):
+            missing.append(image)
+    if len(missing) == min(MAX_CHECKED, len(rows)):
+        raise UserError(f"{where} names files that are not there ({missing[0]}): move them there, or name full paths.")
 
 
 def _decode_base64(value: str, folder: Path) -> bytes | None:

@@ -51,7 +51,7 @@ class IndexCache:
 
     def __init__(self, shards: Shards):
         self.shards = shards
-        self.paths = [cache_folder() / _index_name(shards.identity(i)) for i in range(len(shards))]
+        self.paths = [cache_folder() / index_name(shards.identity(i)) for i in range(len(shards))]
         self.note: str | None = None
         self._in_memory: dict[int, ShardIndex] = {}
         self._files: dict[int, IndexFile] = {}  # those opened last
@@ -155,7 +155,7 @@ def cache_folder() -> Path:
     return Path(HF_HOME) / "amorlip"
 
 
-def _index_name(identity: str) -> str:
+def index_name(identity: str) -> str:
     """Return the name of the index file of a shard, another one where other kinds of images can be decoded."""
     text = f"{identity}\0{','.join(IMAGE_EXTENSIONS)}"
     return f"{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.idx"

@@ -98,7 +98,9 @@ class ShardIndex:
     def places(self, position: int) -> PairPlaces:
         """Return where the members of a pair lie."""
         numbers = PAIR.unpack(self._read(position * PAIR.size, PAIR.size))
-        return PairPlaces(*(Place(b * BLOCK, s) if b else None for b, s in zip(numbers[::2], numbers[1::2], strict=True)))
+        return PairPlaces(
+            *(Place(b * BLOCK, s) if b else None for b, s in zip(numbers[::2], numbers[1::2], strict=True))
+        )
 
     def key(self, position: int) -> str:
         """Return the key of a pair."""
