@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
@@ -55,7 +56,8 @@ def check_context(tokenizer: PreTrainedTokenizerBase, context: int) -> None:
 
 def check_end_token(tokenizer: PreTrainedTokenizerBase, config: AmorLIPConfig) -> None:
     """Raise `UserError` if a text encoder reads texts at an end token that the tokenizer does not add."""
-    if config.text_pooling == "eos" and tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
+    reads_end = config.text_pooling == "eos" or cast(Any, config.text_config).model_type == "clip_text_model"
+    if reads_end and tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
         raise UserError(
             f"The text encoder reads a text at the tokenizer's end token ({tokenizer.eos_token}), which the tokenizer "
             "does not add to texts: name a tokenizer that does, or another text encoder."

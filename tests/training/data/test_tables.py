@@ -3,14 +3,17 @@
 import base64
 import io
 import json
+import pickle
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
+import training.data.arrow_files
 from modeling_amorlip.cli_amorlip import UserError
 from tests.helpers.shards import make_config
+from training.data.arrow_files import choose_cache
 from training.data.csv_rows import read_rows
 from training.data.dataset import PairDataset
 from training.data.mixture import open_pairs
@@ -212,6 +215,88 @@ def test_images_with_texts_beside_them(folder):
     assert captions_of(folder) == ["a red", "a green", "a blue"]
     line = open_pairs(make_config(folder)).report()[0]
     assert "1 images without a caption, 1 captions without an image" in line
+
+
+def write_coco(folder, number):
+    images = [{"id": i, "file_name": "0.png"} for i in range(number)]
+    annotations = [{"image_id": i, "caption": f"caption {i}"} for i in range(number)]
+    (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return folder / "captions.json"
+
+
+def write_csv(folder, number):
+    (folder / "a.csv").write_text("image,caption\n" + "".join(f"0.png,caption {i}\n" for i in range(number)))
+    return folder / "a.csv"
+
+
+def write_texts(folder, number):
+    (folder / "texts").mkdir(exist_ok=True)
+    for i in range(number):
+        (folder / f"texts/{i:04d}.png").write_bytes(FILES[0])
+        (folder / f"texts/{i:04d}.txt").write_text(f"caption {i}")
+    return folder / "texts"
+
+
+WRITERS = [write_coco, write_csv, write_texts]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_workers_receive_nothing_per_row(folder, write):
+    sizes = []
+    for number in (10, 500):
+        pairs = open_pairs(make_config(write(folder, number)))
+        sizes.append(len(pickle.dumps(pairs)))
+        assert pickle.loads(pickle.dumps(pairs))[9]["caption"] in ("caption 9", ["caption 9"])
+    assert abs(sizes[1] - sizes[0]) < 100
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_an_unwritable_cache_is_told_and_done_without(folder, write, monkeypatch):
+    (folder / "home").write_text("a file where the folder would be")
+    monkeypatch.setattr(training.data.arrow_files, "HF_HOME", str(folder / "home"))
+    pairs = open_pairs(make_config(write(folder, 10)))
+    assert "cannot be written" in pairs.report()[0] and "in memory" in pairs.report()[0]
+    assert [str(caption) for caption in pairs.captions()] == [f"caption {i}" for i in range(10)]
+
+
+def test_a_full_cache_of_datasets_is_told_and_done_without(folder, monkeypatch):
+    (folder / "home").write_text("a file where the folder would be")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "home/datasets")
+    choose_cache.cache_clear()
+    try:
+        pairs = open_pairs(make_config(write_parquet(folder / "a.parquet", FILES, COLORS)))
+        assert [pairs[i]["caption"] for i in range(4)] == COLORS
+        assert "tables are converted in" in pairs.report()[0] and "set HF_HOME" in pairs.report()[0]
+    finally:
+        choose_cache.cache_clear()
+
+
+def test_a_damaged_table_of_the_cache_is_converted_again(folder, monkeypatch):
+    monkeypatch.setattr(training.data.arrow_files, "HF_HOME", str(folder / "home"))
+    path = write_csv(folder, 10)
+    open_pairs(make_config(path))
+    (table,) = (folder / "home/amorlip/tables").iterdir()
+    for content in (b"", table.read_bytes()[:100], b"something else" * 100):
+        table.write_bytes(content)
+        assert list(open_pairs(make_config(path)).captions()) == [f"caption {i}" for i in range(10)]
+
+
+def test_coco_files_of_other_kinds_and_odd_captions(folder):
+    path = folder / "instances.json"
+    path.write_text(json.dumps({"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 1}]}))
+    with pytest.raises(UserError, match="its annotations hold no captions; name COCO's captions_"):
+        open_pairs(make_config(path))
+    annotations = [{"image_id": 1, "caption": "a \ud800"}, {"image_id": 1, "caption": "fine"}]
+    path.write_text(json.dumps({"images": [{"id": 1, "file_name": "0.png"}], "annotations": annotations}))
+    assert captions_of(path) == ["fine"]
+
+
+def test_tables_whose_images_are_all_missing_are_refused(folder):
+    (folder / "a.csv").write_text("image,caption\nno.png,a\nnone.png,b\n")
+    with pytest.raises(UserError, match="names files that are not there .*no.png"):
+        open_pairs(make_config(folder / "a.csv"))
+    (folder / "b.csv").write_text("image,caption\nno.png,a\n1.png,b\n")
+    assert len(open_pairs(make_config(folder / "b.csv"))) == 2
 
 
 def test_splits_of_saved_sets_are_checked(tmp_path):
