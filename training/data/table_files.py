@@ -89,6 +89,8 @@ def _load_files(source: str, files: list[str], config: DataConfig) -> Table:
         raise UserError(f"train_data {source}: unknown kind of file; use .tar or one of {', '.join(TABLE_LOADERS)}.")
     if TABLE_LOADERS[suffix] == "csv":
         return _load_csv(source, files, config)
+    if empty := [file for file in files if os.path.getsize(file) == 0]:
+        raise UserError(f"train_data {source}: {empty[0]} is empty.")
     if suffix == ".json" and len(files) == 1 and (coco := _load_coco(files[0], config)) is not None:
         return coco
     return _load_dataset(TABLE_LOADERS[suffix], folder, data_files={split: files}, split=split)
@@ -148,14 +150,19 @@ def _load_coco(file: str, config: DataConfig) -> Table | None:
             return None  # JSON lines begin with a brace as well
     if not isinstance(content, dict) or not {"images", "annotations"} <= set(content):
         return None
-    if not any("caption" in annotation for annotation in content["annotations"]):
-        raise UserError(f"train_data {file}: its annotations hold no captions; name COCO's captions_*.json.")
-    captions: dict[Any, list[str]] = {}
-    for annotation in content["annotations"]:
-        if _is_utf8(caption := annotation["caption"]):
-            captions.setdefault(annotation["image_id"], []).append(caption)
-    images = [image for image in content["images"] if image["id"] in captions]
-    names = [image["file_name"] for image in images]
+    try:
+        captions = _collect_captions(content["annotations"])
+        images = [image for image in content["images"] if image["id"] in captions]
+        names = [image["file_name"] for image in images]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"train_data {file} is not laid out as COCO's captions ({type(error).__name__}: {error})."
+        ) from None
+    if not images:
+        raise UserError(
+            f"train_data {file} has no image with a caption: name COCO's captions_*.json, whose annotations have "
+            "image_id, the id of an image, and caption."
+        )
     records = [
         {config.image_column: image["file_name"], config.caption_column: captions[image["id"]]} for image in images
     ]
@@ -164,6 +171,16 @@ def _load_coco(file: str, config: DataConfig) -> Table | None:
     missing = len(content["images"]) - len(images)
     notes = (f"ignored: {missing} images without a caption" if missing else None, note)
     return Table(rows, _find_images(Path(file), names), tuple(filter(None, notes)))
+
+
+def _collect_captions(annotations: list[dict[str, Any]]) -> dict[Any, list[str]]:
+    """Return the captions of each image, without those that are no text."""
+    captions: dict[Any, list[str]] = {}
+    for annotation in annotations:
+        caption = annotation.get("caption")
+        if isinstance(caption, str) and _is_utf8(caption):
+            captions.setdefault(annotation["image_id"], []).append(caption)
+    return captions
 
 
 def _find_images(file: Path, names: list[str]) -> Path:

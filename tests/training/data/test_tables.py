@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import pickle
 
 import datasets
@@ -102,6 +103,12 @@ def test_unreadable_files_name_the_cause(folder):
     (folder / "b.csv").write_text("image,caption\n0.png,a\n", encoding="utf-16")
     with pytest.raises(UserError, match="is UTF-16, not UTF-8"):
         open_pairs(make_config(folder / "b.csv"))
+    (folder / "c.csv").write_bytes(b"image,caption\r0.png,a\r1.png,b\r")
+    with pytest.raises(UserError, match="ends lines by carriage returns alone"):
+        open_pairs(make_config(folder / "c.csv"))
+    (folder / "a.jsonl").write_bytes(b"")
+    with pytest.raises(UserError, match="a.jsonl is empty"):
+        open_pairs(make_config(folder / "a.jsonl"))
     path = write_parquet(folder / "a.parquet", FILES, COLORS)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match="Parquet magic bytes not found"):
@@ -284,11 +291,24 @@ def test_a_damaged_table_of_the_cache_is_converted_again(folder, monkeypatch):
 def test_coco_files_of_other_kinds_and_odd_captions(folder):
     path = folder / "instances.json"
     path.write_text(json.dumps({"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 1}]}))
-    with pytest.raises(UserError, match="its annotations hold no captions; name COCO's captions_"):
+    with pytest.raises(UserError, match="has no image with a caption: name COCO's captions_"):
         open_pairs(make_config(path))
-    annotations = [{"image_id": 1, "caption": "a \ud800"}, {"image_id": 1, "caption": "fine"}]
+    path.write_text(json.dumps({"images": [{"file_name": "0.png"}], "annotations": [{"image_id": 1, "caption": "a"}]}))
+    with pytest.raises(UserError, match=r"not laid out as COCO's captions \(KeyError: 'id'\)"):
+        open_pairs(make_config(path))
+    annotations = [{"image_id": 1, "caption": text} for text in ("a \ud800", None, 5, "fine")]
     path.write_text(json.dumps({"images": [{"id": 1, "file_name": "0.png"}], "annotations": annotations}))
     assert captions_of(path) == ["fine"]
+
+
+def test_pipes_and_folders_are_no_images(folder):
+    os.mkfifo(folder / "pipe.png")
+    (folder / "a.csv").write_text(f"image,caption\npipe.png,a\n{folder},b\n/dev/zero,c\n1.png,d\n")
+    config = make_config(folder / "a.csv")
+    dataset = PairDataset(open_pairs(config), config, 8)
+    samples = [dataset[0, i] for i in range(4)]
+    assert {sample.caption for sample in samples} == {"d"}
+    assert all("is a folder, a pipe or a device" in bad["reason"] for sample in samples for bad in sample.bad_samples)
 
 
 def test_tables_whose_images_are_all_missing_are_refused(folder):
