@@ -18,6 +18,7 @@ from training.config import DataConfig
 from training.data.arrow_files import choose_cache, convert_table
 from training.data.csv_rows import find_separator, read_rows
 from training.data.tables import OPEN_CLIP_COLUMNS
+from training.data.tar import LFS_POINTER
 from training.data.tar_pairs import IMAGE_EXTENSIONS
 
 
@@ -91,9 +92,16 @@ def _load_files(source: str, files: list[str], config: DataConfig) -> Table:
         return _load_csv(source, files, config)
     if empty := [file for file in files if os.path.getsize(file) == 0]:
         raise UserError(f"train_data {source}: {empty[0]} is empty.")
+    if pointers := [file for file in files if _is_pointer(file)]:
+        raise UserError(f"train_data {source}: {pointers[0]} is a Git LFS pointer; fetch the file with git lfs pull.")
     if suffix == ".json" and len(files) == 1 and (coco := _load_coco(files[0], config)) is not None:
         return coco
     return _load_dataset(TABLE_LOADERS[suffix], folder, data_files={split: files}, split=split)
+
+
+def _is_pointer(file: str) -> bool:
+    with open(file, "rb") as stream:
+        return stream.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def _load_dataset(path: str, folder: Path, split: str, data_files: dict[str, list[str]] | None = None) -> Table:

@@ -146,7 +146,7 @@ class TarPairs(Pairs):
             if not isinstance(row, dict):
                 raise ValueError("its json is not an object")
         if places.text is not None:
-            row["caption"] = self._read(shard, places.text, MAX_TEXT_BYTES).decode("utf-8")
+            row["caption"] = self._read(shard, places.text, MAX_TEXT_BYTES).decode("utf-8-sig")
         return row
 
     def _read(self, shard: int, place: Place | None, max_bytes: int) -> bytes:

@@ -109,6 +109,9 @@ def test_unreadable_files_name_the_cause(folder):
     (folder / "a.jsonl").write_bytes(b"")
     with pytest.raises(UserError, match="a.jsonl is empty"):
         open_pairs(make_config(folder / "a.jsonl"))
+    (folder / "b.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="b.parquet is a Git LFS pointer"):
+        open_pairs(make_config(folder / "b.parquet"))
     path = write_parquet(folder / "a.parquet", FILES, COLORS)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match="Parquet magic bytes not found"):

@@ -175,7 +175,13 @@ def test_compressed_and_foreign_files_are_named():
     compressed = io.BytesIO()
     with tarfile.open(fileobj=compressed, mode="w:gz"):
         pass
-    for content, message in ((compressed.getvalue(), "compressed with gzip"), (b"no tar" * 1000, "damaged header")):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for content, message in (
+        (compressed.getvalue(), "compressed with gzip"),
+        (pointer, "a Git LFS pointer: fetch"),
+        (b"no tar" * 1000, "damaged header"),
+        (b"short", "cut off"),
+    ):
         summary = scan_shard(BytesSource(content)).summary
         assert summary.num_pairs == 0 and message in summary.damage[0]
 

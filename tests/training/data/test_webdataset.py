@@ -60,6 +60,11 @@ def test_captions_and_columns_are_read_without_images(shards, monkeypatch):
     assert max(lengths) < 100
 
 
+def test_captions_lose_a_byte_order_mark(tmp_path):
+    write_tar(tmp_path / "0.tar", [("a.png", b"x"), ("a.txt", "\ufeffa cat".encode())])
+    assert open_pairs(make_config(tmp_path))[0]["caption"] == "a cat"
+
+
 def test_the_report_counts_what_is_left_out(shards):
     write_tar(shards / "2.tar", [("a.jpg", b""), ("b.txt", b""), ("c.npy", b""), ("d.jpg", b""), ("d.txt", b"d")])
     content = (shards / "1.tar").read_bytes()
