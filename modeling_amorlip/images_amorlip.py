@@ -31,6 +31,7 @@ TRANSPOSES = {
 # Where Pillow keeps orientations; they must not outlive the rotation, or the next reader would rotate again.
 ORIENTATION_SOURCES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 NOT_RASTER = {"EPS", "IPTC", "MPEG"}  # formats that Pillow identifies, but that are no images of pixels
+COMMON_FORMATS = ("JPEG", "PNG", "WEBP")  # tried first
 
 
 def _raster_extensions() -> frozenset[str]:
@@ -45,6 +46,12 @@ def _raster_extensions() -> frozenset[str]:
 
 # Lower case, with the dot. Plugins count when they are registered before this module is imported.
 IMAGE_EXTENSIONS = _raster_extensions()
+
+
+def _image_formats() -> list[str]:
+    """Return the formats that are opened: not PostScript, which Pillow hands to Ghostscript whatever a file's name."""
+    others = [name for name in Image.ID if name not in NOT_RASTER and name not in COMMON_FORMATS]
+    return [name for name in COMMON_FORMATS if name in Image.OPEN] + others
 
 
 def open_image(source: bytes | str | Path | Image.Image, max_pixels: int | None = None) -> Image.Image:
@@ -66,7 +73,7 @@ def open_image(source: bytes | str | Path | Image.Image, max_pixels: int | None 
     if isinstance(source, Image.Image):
         image = source
     else:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_image_formats())
     if max_pixels is not None and image.width * image.height > max_pixels:
         raise ValueError(f"{image.width} x {image.height} pixels are more than max_image_pixels {max_pixels}")
     image = _upright(image)

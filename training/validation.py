@@ -18,8 +18,9 @@ from eval.report import Evaluation, TaskResult, print_table, read_evaluations
 from eval.runner import EvaluationOptions, ProcessShard, evaluate_task
 from eval.tasks import ROOT, Task
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel
+from modeling_amorlip.cli_amorlip import UserError
 from training.config import AugmentationConfig, PretrainConfig
-from training.data.collate import Collator
+from training.data.collate import BadSample, Collator
 from training.data.dataset import PairDataset
 from training.data.mixture import Mixture
 from training.model.encoder import EncoderWithObjective, PairEmbeddings, PairEncoder
@@ -29,6 +30,7 @@ from training.run.run_logger import RunLogger
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Types to evaluate in, by the precision of training; others evaluate in the model's own."""
+VALIDATION_LOG = "bad_validation_samples"
 NO_AUGMENTATION = AugmentationConfig(crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0])
 
 
@@ -53,20 +55,36 @@ def make_validation_loader(pairs: Mixture, config: PretrainConfig, image_size: i
 
 
 @torch.no_grad()
-def validation_loss(accelerator: Accelerator, encoder: PairEncoder, loader: DataLoader) -> float:
+def validation_loss(
+    accelerator: Accelerator, encoder: PairEncoder, loader: DataLoader, bad_samples: list[BadSample] | None = None
+) -> float:
     """Return CLIP's loss over all held-out pairs, whatever the objective of training; every process reads all pairs.
 
     Args:
         accelerator: provides device and mixed precision.
         encoder: the encoder itself. Encoding through DDP could deadlock where processes have different batches.
         loader: see `make_validation_loader`.
+        bad_samples: gets the held-out pairs that could not be used.
+
+    Raises:
+        UserError: no held-out pair near an unusable one can be used.
     """
+    bad_samples = [] if bad_samples is None else bad_samples
     model_config = cast(AmorLIPConfig, encoder.model.config)
     module = EncoderWithObjective(encoder, CLIPObjective(model_config, None, negatives="local"))
     encoder.eval()
     names = ("pixel_values", "input_ids", "attention_mask")
     with accelerator.autocast():
-        batches = [encoder(*(batch[name].to(accelerator.device) for name in names)) for batch in loader]
+        batches = []
+        for batch in loader:
+            bad_samples += batch["bad_samples"]
+            if len(batch) == 1:
+                last = bad_samples[-1]
+                raise UserError(
+                    f"Held-out pairs cannot be used; the last one is {last['key']} of {last['shard']}: "
+                    f"{last['reason']}. Repair them, or raise validation_samples."
+                )
+            batches.append(encoder(*(batch[name].to(accelerator.device) for name in names)))
     embeddings = PairEmbeddings(
         torch.cat([batch.image_embeds for batch in batches]),
         torch.cat([batch.text_embeds for batch in batches]),
@@ -126,9 +144,20 @@ class Evaluator:
         """
         evaluation = Evaluation(step, results=[])
         if self.validation_loader is not None:
-            evaluation.validation_loss = validation_loss(self.accelerator, self.encoder, self.validation_loader)
+            bad_samples: list[BadSample] = []
+            evaluation.validation_loss = validation_loss(
+                self.accelerator, self.encoder, self.validation_loader, bad_samples
+            )
+            self._list_bad_samples(bad_samples, step)
         evaluation.results = [self._evaluate_task(task, sheet_folder) for task in self.tasks]
         return evaluation
+
+    def _list_bad_samples(self, bad_samples: list[BadSample], step: int) -> None:
+        """List the held-out pairs that could not be used, once per run: they are the same at every evaluation."""
+        if bad_samples and not self.logger.lines(VALIDATION_LOG) and self.accelerator.is_main_process:
+            print(f"{len(bad_samples)} held-out pairs could not be used; they are listed in {VALIDATION_LOG}.jsonl.")
+            for entry in bad_samples:
+                self.logger.append(VALIDATION_LOG, {"step": step, **entry})
 
     def _evaluate_task(self, task: Task, sheet_folder: Path | None) -> TaskResult:
         return evaluate_task(

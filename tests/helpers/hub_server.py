@@ -17,7 +17,7 @@ import yaml
 
 
 TOKENS = {"hf_good": "user", "hf_other": "stranger"}
-LFS_SUFFIXES = (".safetensors", ".png", ".bin")
+LFS_SUFFIXES = (".safetensors", ".png", ".bin", ".tar")
 
 
 class Repository:
@@ -156,7 +156,14 @@ class Handler(BaseHTTPRequestHandler):
         inside = {name: data for name, data in found[1].items() if name.startswith(f"{path}/") or not path}
         if path and not inside:
             return self._refuse(404, "EntryNotFound", f"{path} does not exist")
-        return self._answer(body=[_entry(name, data) for name, data in inside.items()])
+        start = len(path) + 1 if path else 0
+        if parse_qs(urlsplit(self.path).query).get("recursive") != ["true"]:
+            folders = {name[:start] + name[start:].split("/")[0] for name in inside if "/" in name[start:]}
+            inside = {name: data for name, data in inside.items() if "/" not in name[start:]}
+        else:
+            folders = {name[: i + start] for name in inside for i, c in enumerate(name[start:]) if c == "/"}
+        entries = [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)]
+        return self._answer(body=entries + [_entry(name, data) for name, data in inside.items()])
 
     def _branch(self, id, repository, rev):
         if rev in repository.branches:

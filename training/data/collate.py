@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+
+WORD = re.compile(r"\S+")
+MIN_WORD = 1000
 
 
 class BadSample(TypedDict):
@@ -48,12 +53,13 @@ class Collator:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.multiple = multiple if self.has_masks else -1
+        self.max_word = max(MIN_WORD, 2 * max_length * max(map(len, tokenizer.get_vocab()), default=1))
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         bad_samples = [entry for sample in samples for entry in sample.bad_samples]
         if any(sample.image.numel() == 0 for sample in samples):
             return {"bad_samples": bad_samples}
-        captions = [sample.caption for sample in samples]
+        captions = [shorten_text(sample.caption, self.max_length, self.max_word) for sample in samples]
         text = self.tokenizer(captions, truncation=True, max_length=self.max_length)
         lengths = [self._padded_length(len(tokens)) for tokens in text["input_ids"]]
         text = self.tokenizer.pad(
@@ -72,3 +78,27 @@ class Collator:
         if self.multiple < 0:
             return self.max_length
         return min(math.ceil(length / self.multiple) * self.multiple, self.max_length)
+
+
+def shorten_text(text: str, max_words: int, max_word: int) -> str:
+    """Return the beginning of a long text, which takes a tokenizer less time than the whole.
+
+    Every word gives a token at least, so that words after the first `max_words` give none that are kept. Letters beyond
+    `max_word` in a word without spaces belong to tokens far behind those that are kept.
+
+    Args:
+        text: a caption.
+        max_words: words with a letter or a digit that are kept.
+        max_word: characters that are kept of a word; shorter texts are returned as they are.
+    """
+    if len(text) <= max_word:
+        return text
+    parts, end, num_words = [], 0, 0
+    for word in WORD.finditer(text):
+        shortened = word[0][:max_word]
+        parts += [text[end : word.start()], shortened]
+        end = word.end()
+        num_words += any(character.isalnum() for character in shortened)
+        if num_words == max_words:
+            break
+    return "".join(parts)

@@ -124,4 +124,9 @@ def _read_lines(path: str) -> Iterator[str]:
                     f"train_data {path} is not UTF-8 (line {number + 1}: byte {line[error.start]:#x}): convert it, for "
                     "example with iconv -f latin1 -t utf-8."
                 ) from None
-            yield text.rstrip("\r\n")
+            text = text.rstrip("\r\n")
+            if number == 0 and "\r" in text:
+                raise UserError(
+                    f"train_data {path} ends lines by carriage returns alone: convert it with tr '\\r' '\\n'."
+                )
+            yield text

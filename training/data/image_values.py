@@ -44,15 +44,19 @@ def resolve_image(value: Any, folder: Path) -> bytes | str:
     if (content := _decode_base64(value, folder)) is not None:
         return content
     beside = folder / value
-    return str(beside) if os.path.isabs(value) or beside.exists() or not os.path.exists(value) else value
+    path = str(beside) if os.path.isabs(value) or beside.exists() or not os.path.exists(value) else value
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"the image {path} is a folder, a pipe or a device")  # reading a pipe would wait for ever
+    return path
 
 
-def check_image_values(rows: datasets.Dataset, column: str, source: str) -> None:
+def check_image_values(rows: datasets.Dataset, column: str, source: str, folder: Path) -> None:
     """Check the first rows for images in a form that cannot be read.
 
     Raises:
-        UserError: images are URLs, lists of images or numbers.
+        UserError: images are URLs, lists of images or numbers, or none of the files that they name is there.
     """
+    missing = []
     for row in range(min(MAX_CHECKED, len(rows))):
         value = rows[row][column]
         if isinstance(value, dict):
@@ -66,6 +70,20 @@ def check_image_values(rows: datasets.Dataset, column: str, source: str) -> None
             raise UserError(f"{where} holds lists of {type(value[0]).__name__}s; it must hold one image per row.")
         if not isinstance(value, (str, bytes, list, type(None))):
             raise UserError(f"{where} holds {type(value).__name__}s; it must hold paths or encoded images.")
+        if isinstance(value, str) and value and not _is_readable(value, folder):
+            missing.append(value)
+    if len(missing) == min(MAX_CHECKED, len(rows)):
+        raise UserError(
+            f"{where} names files that are not there ({missing[0]} in {folder}): move them there, or name full paths."
+        )
+
+
+def _is_readable(value: str, folder: Path) -> bool:
+    try:
+        image = resolve_image(value, folder)
+    except ValueError:
+        return False
+    return isinstance(image, bytes) or os.path.exists(image)
 
 
 def _decode_base64(value: str, folder: Path) -> bytes | None:

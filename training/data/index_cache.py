@@ -1,4 +1,4 @@
-"""The indices of many tars: read from the cache, made once per node where they are missing, mapped when needed."""
+"""The indices of many tars: read from the cache, made once per node where they are missing, opened when needed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,20 @@ from typing import Any
 from huggingface_hub.constants import HF_HOME
 
 from training.data.shards import LocalShards, Shards
-from training.data.tar_index import ShardIndex, Summary, map_index, read_summary, scan_shard, write_index
+from training.data.tar_index import (
+    IndexDamageError,
+    IndexFile,
+    PairPlaces,
+    ShardIndex,
+    Summary,
+    read_summary,
+    scan_shard,
+    write_index,
+)
 from training.data.tar_pairs import IMAGE_EXTENSIONS
 
 
-MAX_MAPPED = 16_384  # the system limits the maps of a process to 65,530
+MAX_OPEN_FILES = 64
 NUM_DOWNLOADS = 8
 POOL_BYTES = 2**28  # less than this is scanned sooner than processes start
 
@@ -26,7 +35,7 @@ POOL_BYTES = 2**28  # less than this is scanned sooner than processes start
 class IndexCache:
     """Indices of shards.
 
-    In a data loader's worker, an index is mapped when the first of its pairs is read, so that workers receive the names
+    In a data loader's worker, an index is opened when the first of its pairs is read, so that workers receive the names
     of shards and nothing per pair.
 
     Args:
@@ -42,28 +51,44 @@ class IndexCache:
 
     def __init__(self, shards: Shards):
         self.shards = shards
-        self.paths = [cache_folder() / _index_name(shards.identity(i)) for i in range(len(shards))]
+        self.paths = [cache_folder() / index_name(shards.identity(i)) for i in range(len(shards))]
         self.note: str | None = None
         self._in_memory: dict[int, ShardIndex] = {}
-        self._mapped: dict[int, ShardIndex] = {}
+        self._files: dict[int, IndexFile] = {}  # those opened last
         summaries = [read_summary(path) for path in self.paths]
         if None in summaries:
             with self._lock():
                 summaries = self._make_missing(summaries)
         self.summaries: list[Summary] = [summary for summary in summaries if summary is not None]
 
-    def __getitem__(self, shard: int) -> ShardIndex:
-        """Return the index of a shard that has pairs."""
-        index = self._in_memory.get(shard) or self._mapped.get(shard)
-        if index is None:
-            if len(self._mapped) >= MAX_MAPPED:
-                self._mapped.pop(next(iter(self._mapped)))
-            index = map_index(self.paths[shard]) or self._make_again(shard)
-            self._mapped[shard] = index
-        return index
+    def places(self, shard: int, position: int) -> PairPlaces:
+        """Return where the members of a pair lie."""
+        try:
+            return self._open(shard).places(position)
+        except IndexDamageError:
+            return self._make_again(shard).places(position)
+
+    def key(self, shard: int, position: int) -> str:
+        """Return the key of a pair."""
+        try:
+            return self._open(shard).key(position)
+        except IndexDamageError:
+            return self._make_again(shard).key(position)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mapped": {}, "summaries": []}
+        return {**self.__dict__, "_files": {}, "summaries": []}
+
+    def _open(self, shard: int) -> ShardIndex:
+        if shard in self._in_memory:
+            return self._in_memory[shard]
+        if shard not in self._files:
+            if len(self._files) >= MAX_OPEN_FILES:
+                self._files.pop(next(iter(self._files))).close()
+            try:
+                self._files[shard] = IndexFile(self.paths[shard])
+            except (OSError, IndexDamageError):
+                return self._make_again(shard)
+        return self._files[shard]
 
     def _make_missing(self, summaries: list[Summary | None]) -> list[Summary | None]:
         """Scan the shards whose index is missing, in several processes when they are large, and write their indices."""
@@ -99,14 +124,18 @@ class IndexCache:
         self._in_memory[shard] = index
 
     def _make_again(self, shard: int) -> ShardIndex:
-        """Return the index of a shard whose index file was damaged after the start.
+        """Return the index of a shard whose index file was damaged or removed after the start.
 
         Raises:
             ShardError: the shard is not what it was at the start.
         """
         index = scan_file(self.shards, shard)
-        with contextlib.suppress(OSError):
+        if file := self._files.pop(shard, None):
+            file.close()
+        try:
             write_index(self.paths[shard], index)
+        except OSError:
+            self._in_memory[shard] = index
         return index
 
     @contextlib.contextmanager
@@ -126,7 +155,7 @@ def cache_folder() -> Path:
     return Path(HF_HOME) / "amorlip"
 
 
-def _index_name(identity: str) -> str:
+def index_name(identity: str) -> str:
     """Return the name of the index file of a shard, another one where other kinds of images can be decoded."""
     text = f"{identity}\0{','.join(IMAGE_EXTENSIONS)}"
     return f"{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.idx"

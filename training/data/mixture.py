@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -14,7 +15,14 @@ from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
 from training.data.pairs import Pairs
 from training.data.patterns import expand, is_tar
-from training.data.remote import RemoteShards, download_repository, expand_remote, is_remote, is_remote_tar
+from training.data.remote import (
+    RemoteShards,
+    copy_tables,
+    download_repository,
+    expand_remote,
+    is_remote,
+    is_remote_tar,
+)
 from training.data.shards import LocalShards
 from training.data.table_files import TABLE_LOADERS, load_table
 from training.data.tables import TablePairs
@@ -44,9 +52,7 @@ def open_source(source: str, config: DataConfig) -> Pairs:
         is_repository = source.startswith("hf://")
         if is_remote_tar(source) and not (is_repository and HF_HUB_OFFLINE):
             return TarPairs(RemoteShards(expand_remote(source), config), source, config)
-        if not is_repository:
-            raise UserError(f"train_data {source}: only tars are read from there; download the table first.")
-        files = download_repository(source)
+        files = download_repository(source) if is_repository else download_tables(source)
     else:
         files = expand(source)
     if files and all(is_tar(name) for name in files):
@@ -57,6 +63,22 @@ def open_source(source: str, config: DataConfig) -> Pairs:
             raise UserError(f"train_data {source}: files must be all .tar or all of one of {', '.join(TABLE_LOADERS)}.")
     table = load_table(source, files, config)
     return TablePairs(table.rows, source, config, table.folder, table.notes)
+
+
+def download_tables(source: str) -> list[str]:
+    """Copy the tables that an address names to the local disk, and return their local names.
+
+    Raises:
+        UserError: it names files of another kind, or they cannot be read.
+    """
+    addresses = expand_remote(source)
+    suffixes = {PurePosixPath(urlsplit(address).path).suffix.lower() for address in addresses}
+    if len(suffixes) != 1 or not suffixes <= set(TABLE_LOADERS):
+        raise UserError(
+            f"train_data {source}: only files that are all .tar or all of one of {', '.join(TABLE_LOADERS)} are read "
+            "from there."
+        )
+    return copy_tables(addresses)
 
 
 class Mixture:

@@ -6,6 +6,7 @@ import functools
 import glob
 import os
 import re
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +19,10 @@ from huggingface_hub.constants import HF_HOME
 
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
+from training.data.checksums import Checksum, read_checksum
 from training.data.patterns import GLOB_CHARACTERS, expand_braces, is_tar
 from training.data.shard_cache import RemoteFile, ShardCache
-from training.data.shards import LocalFile, Shards
+from training.data.shards import LocalFile, ShardError, Shards
 
 
 ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://")
@@ -129,8 +131,8 @@ class RemoteShards(Shards):
         self.names = list(addresses)
         limit = int(config.shard_cache_size * 1e9)
         self.cache = ShardCache(Path(HF_HOME) / "amorlip" / "shards", limit)
-        with ThreadPoolExecutor(INFO_THREADS) as pool:
-            self.states = list(pool.map(_first_state, self.names))
+        self.files = find_files(self.names)
+        self.states = [(file.size, file.version) for file in self.files]
         largest, total = max(size for size, _ in self.states), sum(size for size, _ in self.states)
         if largest > limit:
             raise UserError(
@@ -145,7 +147,7 @@ class RemoteShards(Shards):
             )
 
     def open(self, shard: int) -> LocalFile:
-        return self.cache.open(self._file(shard))
+        return self.cache.open(self.files[shard])
 
     def prefetch(self, shard: int) -> None:
         """Copy a shard to the cache.
@@ -153,31 +155,59 @@ class RemoteShards(Shards):
         Raises:
             ShardError: see `open`.
         """
-        self.cache.download(self._file(shard))
+        self.cache.download(self.files[shard])
 
-    def _file(self, shard: int) -> RemoteFile:
-        name, (size, version) = self.names[shard], self.states[shard]
-        return RemoteFile(name, size, version, functools.partial(_read, name), functools.partial(read_state, name))
+
+def find_files(addresses: Sequence[str]) -> list[RemoteFile]:
+    """Return the files at addresses, as they are now.
+
+    Raises:
+        UserError: a file does not exist or cannot be read.
+    """
+    with ThreadPoolExecutor(INFO_THREADS) as pool:
+        return list(pool.map(_find_file, addresses))
+
+
+def copy_tables(addresses: Sequence[str]) -> list[str]:
+    """Copy tables to the local disk, where they stay, and return their local names.
+
+    Raises:
+        UserError: a table cannot be read or copied.
+    """
+    cache = ShardCache(Path(HF_HOME) / "amorlip" / "tables", sys.maxsize)
+    files = find_files(addresses)
+    for file in files:
+        try:
+            cache.download(file)
+        except ShardError as error:
+            raise UserError(f"train_data {error}.") from None
+    return [str(cache.path(file)) for file in files]
 
 
 def read_state(address: str) -> tuple[int, str]:
     """Return size and version of a remote file."""
+    return _read_info(address)[:2]
+
+
+def _read_info(address: str) -> tuple[int, str, Checksum | None]:
+    """Return size, version and checksum of a remote file."""
     system, path = open_store(address)
     system.invalidate_cache()
     info = system.info(path)
     if info.get("size") is None:
         raise OSError("the server does not tell its size")
     version = next((str(info[field]) for field in VERSION_FIELDS if info.get(field)), "")
-    return int(info["size"]), version
+    return int(info["size"]), version, read_checksum(address, info)
 
 
-def _first_state(address: str) -> tuple[int, str]:
+def _find_file(address: str) -> RemoteFile:
     try:
-        return read_state(address)
+        state = _read_info(address)
     except UserError:
         raise
     except Exception as error:  # clients of stores raise many kinds
         raise UserError(f"train_data {address} cannot be read: {type(error).__name__}: {error}") from None
+    return RemoteFile(address, *state, functools.partial(_read, address), functools.partial(read_state, address))
 
 
 def _read(address: str, start: int, end: int) -> bytes:

@@ -10,9 +10,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
+from urllib.parse import urlsplit
 
+from training.data.checksums import Checksum
 from training.data.shards import LocalFile, ShardError
 
 
@@ -31,6 +33,7 @@ class RemoteFile:
         name: its address.
         size: bytes.
         version: changes with its content.
+        checksum: of its content; None if the store gives none.
         read: returns the bytes from a start to an end; may return the whole file.
         current_state: returns size and version as they are now.
     """
@@ -38,6 +41,7 @@ class RemoteFile:
     name: str
     size: int
     version: str
+    checksum: Checksum | None
     read: Callable[[int, int], bytes]
     current_state: Callable[[], tuple[int, str]]
 
@@ -52,6 +56,7 @@ class ShardCache:
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
+        self._ignores_uncertain_checksums = False
 
     def open(self, remote: RemoteFile) -> LocalFile:
         """Open the copy of a file, downloaded first if there is none.
@@ -59,13 +64,17 @@ class ShardCache:
         Raises:
             ShardError: the file cannot be downloaded, or changed since the start.
         """
-        path = self._path(remote)
+        path = self.path(remote)
         while True:
             try:
                 file = LocalFile(str(path))
             except OSError:
                 self.download(remote)
                 continue  # the copy may be evicted before it is open
+            if file.size != remote.size:  # after a crash of the system
+                file.close()
+                path.unlink(missing_ok=True)
+                continue
             with contextlib.suppress(OSError):
                 os.utime(path)  # the time of use decides about eviction
             return file
@@ -76,7 +85,7 @@ class ShardCache:
         Raises:
             ShardError: see `open`.
         """
-        path = self._path(remote)
+        path = self.path(remote)
         partial = path.with_suffix(".part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,20 +105,28 @@ class ShardCache:
         except OSError as error:
             raise ShardError(f"{remote.name} cannot be copied to {self.folder}: {error.strerror or error}") from None
 
-    def _path(self, remote: RemoteFile) -> Path:
+    def path(self, remote: RemoteFile) -> Path:
+        """Return where the copy of a file lies."""
         identity = f"{remote.name}\0{remote.size}\0{remote.version}"
-        return self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.tar"
+        suffix = PurePosixPath(urlsplit(remote.name).path).suffix
+        return self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}{suffix}"
 
     def _copy(self, remote: RemoteFile, partial: Path) -> None:
-        """Write the content of a file."""
+        """Write the content of a file, again if it does not match its checksum."""
         _check_state(remote)
-        with partial.open("r+b") as file:
-            offset = 0
-            while offset < remote.size:
-                end = min(offset + CHUNK_BYTES, remote.size)
-                content = retry(remote.name, functools.partial(_read_range, remote, offset, end))
-                file.write(content)
-                offset += len(content)
+        digests: set[str] = set()
+
+        def copy_once() -> None:
+            digest, expected = _write_content(remote, partial), remote.checksum
+            if expected is None or digest == expected.digest:
+                return
+            if not expected.is_certain and (digest in digests or self._ignores_uncertain_checksums):
+                self._ignores_uncertain_checksums = True
+                return
+            digests.add(digest)
+            raise OSError(f"it arrived damaged: its {expected.algorithm} is {digest}, in the store {expected.digest}")
+
+        retry(remote.name, copy_once)
         _check_state(remote)  # the file may have been replaced meanwhile
 
     def _evict(self, room: int) -> None:
@@ -123,7 +140,7 @@ class ShardCache:
         for _, size, path in sorted(copies):
             if excess <= 0:
                 return
-            if path.suffix == ".tar":
+            if path.suffix not in (".part", ".lock"):
                 path.unlink(missing_ok=True)
                 excess -= size
 
@@ -134,6 +151,20 @@ class ShardCache:
         with path.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _write_content(remote: RemoteFile, partial: Path) -> str:
+    """Write the content of a file, and return its digest as its checksum is computed."""
+    digest = hashlib.new(remote.checksum.algorithm if remote.checksum else "md5", usedforsecurity=False)
+    with partial.open("r+b") as file:
+        offset = 0
+        while offset < remote.size:
+            end = min(offset + CHUNK_BYTES, remote.size)
+            content = retry(remote.name, functools.partial(_read_range, remote, offset, end))
+            file.write(content)
+            digest.update(content)
+            offset += len(content)
+    return digest.hexdigest()
 
 
 def _read_range(remote: RemoteFile, start: int, end: int) -> bytes:
@@ -160,6 +191,8 @@ def retry(name: str, call: Callable[[], Result]) -> Result:
     while True:
         try:
             return call()
+        except ShardError:
+            raise
         except Exception as error:  # clients of stores raise many kinds
             if time.monotonic() + wait > deadline:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -91,6 +92,8 @@ class LocalShards(Shards):
                 status = os.stat(path)
             except OSError as error:
                 raise UserError(f"train_data: {path} cannot be read: {error.strerror}.") from None
+            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+                raise UserError(f"train_data: {path} is no file.")
             self.states.append((status.st_size, str(status.st_mtime_ns)))
 
     def open(self, shard: int) -> LocalFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
+from training.data.arrow_files import choose_cache, convert_table
 from training.data.csv_rows import find_separator, read_rows
 from training.data.tables import OPEN_CLIP_COLUMNS
+from training.data.tar import LFS_POINTER
 from training.data.tar_pairs import IMAGE_EXTENSIONS
 
 
@@ -56,7 +60,7 @@ def load_table(source: str, files: list[str], config: DataConfig) -> Table:
             return _load_folder(path, source, config)
         if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.suffix:
             raise UserError(f"train_data {source}: there is no such file or folder.")
-        return Table(datasets.load_dataset(source, split=config.train_split), path.parent)
+        return _load_dataset(source, path.parent, split=config.train_split)
     except UserError:
         raise
     except Exception as error:  # datasets raises many kinds
@@ -85,14 +89,30 @@ def _load_files(source: str, files: list[str], config: DataConfig) -> Table:
     if suffix not in TABLE_LOADERS:
         raise UserError(f"train_data {source}: unknown kind of file; use .tar or one of {', '.join(TABLE_LOADERS)}.")
     if TABLE_LOADERS[suffix] == "csv":
-        return Table(_load_csv(source, files, config), folder)
+        return _load_csv(source, files, config)
+    if empty := [file for file in files if os.path.getsize(file) == 0]:
+        raise UserError(f"train_data {source}: {empty[0]} is empty.")
+    if pointers := [file for file in files if _is_pointer(file)]:
+        raise UserError(f"train_data {source}: {pointers[0]} is a Git LFS pointer; fetch the file with git lfs pull.")
     if suffix == ".json" and len(files) == 1 and (coco := _load_coco(files[0], config)) is not None:
         return coco
-    return Table(datasets.load_dataset(TABLE_LOADERS[suffix], data_files={split: files}, split=split), folder)
+    return _load_dataset(TABLE_LOADERS[suffix], folder, data_files={split: files}, split=split)
 
 
-def _load_csv(source: str, files: list[str], config: DataConfig) -> datasets.Dataset:
-    """Load CSV and TSV files, converted to an Arrow table on the disk."""
+def _is_pointer(file: str) -> bool:
+    with open(file, "rb") as stream:
+        return stream.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def _load_dataset(path: str, folder: Path, split: str, data_files: dict[str, list[str]] | None = None) -> Table:
+    """Load a table by `datasets`, converted outside its cache where that cannot be written."""
+    cache, note = choose_cache()
+    rows = datasets.load_dataset(path, data_files=data_files, split=split, cache_dir=cache)
+    return Table(rows, folder, (note,) if note else ())
+
+
+def _load_csv(source: str, files: list[str], config: DataConfig) -> Table:
+    """Load CSV and TSV files."""
     separator = config.csv_separator
     if separator is None:
         columns = [{config.image_column, config.caption_column}, set(OPEN_CLIP_COLUMNS)]
@@ -102,24 +122,25 @@ def _load_csv(source: str, files: list[str], config: DataConfig) -> datasets.Dat
         raise UserError(f"train_data {source} has no rows.")
     if len(set(header)) < len(header):
         raise UserError(f"train_data {source}: the header names a column twice: {header}.")
-    # A change of size or time makes datasets convert the files again; it would take lists for parts to divide.
-    states = tuple((file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files)
-    return datasets.Dataset.from_generator(
-        _csv_records,
-        features=datasets.Features({name: datasets.Value("string") for name in header}),
-        gen_kwargs={"states": states, "separator": separator, "header": tuple(header)},
-        split=config.train_split,
+    rows, note = convert_table(
+        functools.partial(_csv_records, files, separator, header),
+        pa.schema([(name, pa.string()) for name in header]),
+        (separator, [_file_state(file) for file in files]),
     )
+    return Table(rows, Path(files[0]).parent, (note,) if note else ())
 
 
-def _csv_records(
-    states: tuple[tuple[str, int, int], ...], separator: str, header: tuple[str, ...]
-) -> Iterator[dict[str, str | None]]:
+def _file_state(file: str | Path) -> tuple[str, int, int]:
+    status = os.stat(file)
+    return os.path.abspath(file), status.st_size, status.st_mtime_ns
+
+
+def _csv_records(files: list[str], separator: str, header: list[str]) -> Iterator[dict[str, str | None]]:
     """Iterate over the rows of files as {column: text}; a row with too many or too few fields has None for all."""
-    for file, _, _ in states:
+    for file in files:
         rows = read_rows(file, separator)
-        if next(rows, None) != list(header):
-            raise UserError(f"train_data {file} has another header than {states[0][0]}.")
+        if next(rows, None) != header:
+            raise UserError(f"train_data {file} has another header than {files[0]}.")
         for fields in rows:
             # The pair is listed as unusable when training reaches it.
             yield dict(zip(header, fields if len(fields) == len(header) else [None] * len(header), strict=True))
@@ -137,18 +158,37 @@ def _load_coco(file: str, config: DataConfig) -> Table | None:
             return None  # JSON lines begin with a brace as well
     if not isinstance(content, dict) or not {"images", "annotations"} <= set(content):
         return None
-    captions: dict[Any, list[str]] = {}
-    for annotation in content["annotations"]:
-        captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    images = [image for image in content["images"] if image["id"] in captions]
-    names = [image["file_name"] for image in images]
-    rows = datasets.Dataset.from_dict(
-        {config.image_column: names, config.caption_column: [captions[image["id"]] for image in images]},
-        split=config.train_split,
-    )
+    try:
+        captions = _collect_captions(content["annotations"])
+        images = [image for image in content["images"] if image["id"] in captions]
+        names = [image["file_name"] for image in images]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"train_data {file} is not laid out as COCO's captions ({type(error).__name__}: {error})."
+        ) from None
+    if not images:
+        raise UserError(
+            f"train_data {file} has no image with a caption: name COCO's captions_*.json, whose annotations have "
+            "image_id, the id of an image, and caption."
+        )
+    records = [
+        {config.image_column: image["file_name"], config.caption_column: captions[image["id"]]} for image in images
+    ]
+    schema = pa.schema([(config.image_column, pa.string()), (config.caption_column, pa.list_(pa.string()))])
+    rows, note = convert_table(lambda: records, schema, _file_state(file))
     missing = len(content["images"]) - len(images)
-    notes = (f"ignored: {missing} images without a caption",) if missing else ()
-    return Table(rows, _find_images(Path(file), names), notes)
+    notes = (f"ignored: {missing} images without a caption" if missing else None, note)
+    return Table(rows, _find_images(Path(file), names), tuple(filter(None, notes)))
+
+
+def _collect_captions(annotations: list[dict[str, Any]]) -> dict[Any, list[str]]:
+    """Return the captions of each image, without those that are no text."""
+    captions: dict[Any, list[str]] = {}
+    for annotation in annotations:
+        caption = annotation.get("caption")
+        if isinstance(caption, str) and _is_utf8(caption):
+            captions.setdefault(annotation["image_id"], []).append(caption)
+    return captions
 
 
 def _find_images(file: Path, names: list[str]) -> Path:
@@ -178,7 +218,7 @@ def _load_folder(folder: Path, source: str, config: DataConfig) -> Table:
         raise UserError(f"train_data {source} is an empty folder.")
     if (table := _load_images_with_texts(folder, config)) is not None:
         return table
-    return Table(datasets.load_dataset(str(folder), split=split), folder)
+    return _load_dataset(str(folder), folder, split)
 
 
 def _load_images_with_texts(folder: Path, config: DataConfig) -> Table | None:
@@ -193,17 +233,20 @@ def _load_images_with_texts(folder: Path, config: DataConfig) -> Table | None:
     if not pairs:
         return None
     captions = [text.read_text(encoding="utf-8", errors="surrogateescape").strip() for _, text in pairs]
-    usable = [(image, caption) for (image, _), caption in zip(pairs, captions, strict=True) if _is_utf8(caption)]
-    rows = datasets.Dataset.from_dict(
-        {config.image_column: [image for image, _ in usable], config.caption_column: [text for _, text in usable]}
-    )
+    records = [
+        {config.image_column: image, config.caption_column: caption}
+        for (image, _), caption in zip(pairs, captions, strict=True)
+        if _is_utf8(caption)
+    ]
+    schema = pa.schema([(config.image_column, pa.string()), (config.caption_column, pa.string())])
+    rows, note = convert_table(lambda: records, schema, [_file_state(text) for _, text in pairs])
     counts = {
         "images without a caption": len(images) - len(pairs),
         "captions without an image": len(texts) - len({text for _, text in pairs}),
-        "captions that are not UTF-8": len(pairs) - len(usable),
+        "captions that are not UTF-8": len(pairs) - len(records),
     }
     ignored = ", ".join(f"{count} {cause}" for cause, count in counts.items() if count)
-    return Table(rows, folder, (f"ignored: {ignored}",) if ignored else ())
+    return Table(rows, folder, tuple(filter(None, (f"ignored: {ignored}" if ignored else None, note))))
 
 
 def _is_utf8(text: str) -> bool:

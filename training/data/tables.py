@@ -53,7 +53,7 @@ class TablePairs(Pairs):
         if isinstance(rows.features[self.image_column], datasets.Image) or pa.types.is_binary(types[self.image_column]):
             rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
         self.rows = rows
-        check_image_values(rows, self.image_column, source)
+        check_image_values(rows, self.image_column, source, folder)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]

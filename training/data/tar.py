@@ -22,6 +22,7 @@ LINK_TYPES = b"12"
 EXTENDED_TYPES = b"xXgLK"
 TYPES_WITHOUT_CONTENT = b"123456"
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+LFS_POINTER = b"version https://git-lfs"
 OCTAL_CHECKSUM = re.compile(rb"[ 0]*[0-7]+[ \0]+")
 
 
@@ -155,7 +156,7 @@ class TarReader:
         self._has_end = False
 
     def __iter__(self) -> Iterator[TarMember]:
-        position = self._skip_compressed()
+        position = self._skip_foreign()
         while position + BLOCK <= self.size:
             block = self._read(position, BLOCK)
             if not any(block):
@@ -177,8 +178,11 @@ class TarReader:
         elif not self._has_end and not (self.damage and self.damage[-1].end == self.size):
             self.damage.append(Damage(self.size, 0, "cut off: there is no end-of-archive mark"))
 
-    def _skip_compressed(self) -> int:
-        start = self._read(0, 8)
+    def _skip_foreign(self) -> int:
+        start = self._read(0, min(len(LFS_POINTER), self.size))
+        if start == LFS_POINTER:
+            self.damage.append(Damage(0, self.size, "a Git LFS pointer: fetch the file itself with git lfs pull"))
+            return self.size
         for magic, name in COMPRESSIONS.items():
             if start.startswith(magic):
                 reason = f"compressed with {name}: decompress it, random access needs plain tars"

@@ -17,13 +17,17 @@ import numpy as np
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
 from training.data.index_cache import IndexCache
-from training.data.pairs import Pairs, check_columns, usable_captions
+from training.data.pairs import MAX_CAPTION_CHARACTERS, Pairs, check_columns, usable_captions
 from training.data.shards import LocalFile, Shards
+from training.data.tar_index import Place
 
 
 MAX_OPEN_FILES = 64
 MAX_EXAMPLES = 1000  # pairs whose json is read for the names of columns
 MAX_DAMAGE_SHOWN = 3
+MAX_TEXT_BYTES = 4 * MAX_CAPTION_CHARACTERS
+MAX_JSON_BYTES = 2**24
+MAX_BYTES_PER_PIXEL = 8  # four channels of 16 bits, not compressed
 
 
 class TarPairs(Pairs):
@@ -56,6 +60,7 @@ class TarPairs(Pairs):
         columns |= {config.group_column, *config.further_caption_columns}
         self.columns = {column for column in columns if column is not None}
         self.needs_json = bool(self.columns - {"caption"})
+        self.max_image_bytes = MAX_BYTES_PER_PIXEL * config.max_image_pixels + MAX_JSON_BYTES
         self.files: dict[int, LocalFile] = {}  # the shards opened last
         check_columns(config, source, self._examples())
 
@@ -65,7 +70,7 @@ class TarPairs(Pairs):
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard, position = self._locate(index)
         row = self._read_text(shard, position, self.needs_json)
-        row[self.image_column] = self._read(shard, position, "image")
+        row[self.image_column] = self._read(shard, self.index.places(shard, position).image, self.max_image_bytes)
         return row
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,7 +78,7 @@ class TarPairs(Pairs):
 
     def describe(self, index: int) -> tuple[str, str]:
         shard, position = self._locate(index)
-        return self.index[shard].key(position), self.shards.names[shard]
+        return self.index.key(shard, position), self.shards.names[shard]
 
     def captions(self) -> Iterator[str]:
         needs_json = self.caption_column != "caption"
@@ -134,23 +139,29 @@ class TarPairs(Pairs):
 
     def _read_text(self, shard: int, position: int, needs_json: bool) -> dict[str, Any]:
         """Return the columns of a pair without its image."""
-        index = self.index[shard]
+        places = self.index.places(shard, position)
         row: dict[str, Any] = {}
-        has_text = index.member(position, "text") is not None
-        if index.member(position, "json") is not None and (needs_json or not has_text):
-            row = json.loads(self._read(shard, position, "json"))
+        if places.json is not None and (needs_json or places.text is None):
+            row = json.loads(self._read(shard, places.json, MAX_JSON_BYTES))
             if not isinstance(row, dict):
                 raise ValueError("its json is not an object")
-        if has_text:
-            row["caption"] = self._read(shard, position, "text").decode("utf-8")
+        if places.text is not None:
+            row["caption"] = self._read(shard, places.text, MAX_TEXT_BYTES).decode("utf-8-sig")
         return row
 
-    def _read(self, shard: int, position: int, name: str) -> bytes:
-        member = self.index[shard].member(position, name)
-        if member is None:
-            raise ValueError(f"the pair has no {name}")
-        content = self._open(shard).read(*member)
-        if len(content) != member[1]:
+    def _read(self, shard: int, place: Place | None, max_bytes: int) -> bytes:
+        """Return the content of a member.
+
+        Raises:
+            ValueError: it is larger than any useful one, and would fill the memory.
+            OSError: the file is shorter than it was.
+        """
+        if place is None:
+            raise ValueError("the pair lacks a member")
+        if place.size > max_bytes:
+            raise ValueError(f"a member has {place.size} bytes, more than {max_bytes}")
+        content = self._open(shard).read(place.offset, place.size)
+        if len(content) != place.size:
             raise OSError(f"{self.shards.names[shard]} has become shorter")
         return content
 

@@ -23,7 +23,14 @@ from modeling_amorlip.cli_amorlip import UserError
 from training.config import ModelConfig, OptimizationConfig, PretrainConfig
 from training.data.mixture import Mixture
 from training.model.lora import add_adapters, save_adapted
-from training.model.tokenizer import DEFAULT_VOCAB_SIZE, load_tokenizer, train_tokenizer
+from training.model.tokenizer import (
+    DEFAULT_VOCAB_SIZE,
+    add_padding_token,
+    check_context,
+    check_end_token,
+    load_tokenizer,
+    train_tokenizer,
+)
 from training.run.checkpointing import find_processor
 from training.run.processes import run_on_main
 
@@ -76,7 +83,12 @@ def build_model(
     if config.model:
         model, processor = load_pretrained(config.model)
     else:
-        model, processor = build_fresh_model(config, choose_tokenizer(config, accelerator, pairs, checkpoint))
+        tokenizer = choose_tokenizer(config, accelerator, pairs, checkpoint)
+        add_padding_token(tokenizer)
+        model, processor = build_fresh_model(config, tokenizer)
+        check_end_token(tokenizer, model.config)
+    add_padding_token(processor.tokenizer)
+    check_context(processor.tokenizer, model.config.text_config.max_position_embeddings)
     adapted = add_adapters(model, config.lora, config.freeze) if config.lora else None
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()

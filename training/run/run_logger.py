@@ -18,7 +18,7 @@ from training.config_yaml import dump_yaml, load_yaml, settings_of_run
 from training.run.checkpointing import lock_folder
 
 
-LOGS = ("metrics", "eval", "bad_samples", "loss_spikes")
+LOGS = ("metrics", "eval", "bad_samples", "bad_validation_samples", "loss_spikes")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
 CHECKOUT = Path(__file__).resolve().parents[2]
 

@@ -99,10 +99,24 @@ def test_exact_log_partitions_and_errors():
 
 
 def test_data_benchmark(main, tmp_path):
-    assert main("data", "--images", 8, "--rounds", 1, "--output", tmp_path / "data.json") == 0
-    rows = json.loads((tmp_path / "data.json").read_text())["results"]
+    options = ["--images", 8, "--loader_images", 64, "--rounds", 1, "--output", tmp_path / "data.json"]
+    assert main("data", *options) == 0
+    report = json.loads((tmp_path / "data.json").read_text())
+    assert report["loaders"][0]["name"] == "this project" and report["loaders"][0]["images_per_second"] > 0
+    rows = report["results"]
     assert {row["name"] for row in rows} == {"plain", "ours", "ours, webdataset", "ours, parquet", "ours, folder"}
     assert all(row["images_per_second"] > 0 for row in rows)
+
+
+def test_billion_pairs_benchmark(monkeypatch, tmp_path):
+    from training.benchmarks import billion_pairs
+    from training.data import index_cache
+
+    monkeypatch.setattr(index_cache, "HF_HOME", str(tmp_path / "home"))
+    billion_pairs.write_shards(tmp_path, 2)
+    seconds = billion_pairs.measure_times(tmp_path, "shards")
+    assert len(seconds) == 5 and all(value > 0 for value in seconds.values())
+    assert len(list((tmp_path / "home/amorlip").glob("*.idx"))) == 2  # nothing was scanned again
 
 
 @pytest.mark.e2e

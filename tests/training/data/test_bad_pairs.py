@@ -65,7 +65,7 @@ def test_unusable_pairs_are_replaced_listed_and_counted(recipe, rows, tmp_path):
     for key, reason in {
         "bomb": "Image size (2500000000 pixels) exceeds limit",
         "no_caption": "the caption is ''",
-        "long_caption": "the caption has 1000000 characters",
+        "long_caption": "a member has 1000000 bytes, more than 400000",
         "not_utf8": "UnicodeDecodeError",
         "no_json": "JSONDecodeError",
         "empty_image": "UnidentifiedImageError",
@@ -76,6 +76,28 @@ def test_unusable_pairs_are_replaced_listed_and_counted(recipe, rows, tmp_path):
 
     with pytest.raises(UserError, match=r"\d pairs could not be used .*more than max_bad_fraction 0.002"):
         train(path, "--output_dir", tmp_path / "strict", "--max_bad_fraction", 0.002)
+
+
+def test_held_out_pairs_that_are_unusable_are_listed_once(recipe, rows, tmp_path, capsys):
+    spoiled = [{**row, "image": {"bytes": b"no image"}} if i % 3 == 0 else row for i, row in enumerate(rows[:60])]
+    write_shards(spoiled, tmp_path / "shards")
+    path = recipe(
+        **PLAIN,
+        train_data=str(tmp_path / "shards"),
+        validation_samples=20,
+        eval_every=1,
+        max_steps=2,
+        warmup_steps=0,
+        max_bad_fraction=1.0,
+    )
+    trainer = train(path)
+    indices = trainer.evaluator.validation_loader.dataset.replacements
+    listed = [json.loads(line) for line in (tmp_path / "run/bad_validation_samples.jsonl").open()]
+    assert {entry["key"] for entry in listed} == {f"{index:09d}" for index in indices if index % 3 == 0}
+    assert {entry["step"] for entry in listed} == {1} and listed[0]["cause"] == "UnidentifiedImageError"
+    assert f"{len(listed)} held-out pairs could not be used" in capsys.readouterr().out
+    trained = {json.loads(line)["key"] for line in (tmp_path / "run/bad_samples.jsonl").open()}
+    assert trained.isdisjoint(entry["key"] for entry in listed)
 
 
 @pytest.mark.parametrize("cut", [0.5, 0.9])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.helpers.runs import build
-from training.data.collate import Collator, Sample
+from training.data.collate import Collator, Sample, shorten_text
 from training.model.tokenizer import train_tokenizer
 
 
@@ -35,3 +35,28 @@ def test_grouped_texts_have_the_same_embeddings_and_gradients(recipe, groups):
         results.append([texts, *(p.grad.clone() for p in encoder.model.text_model.parameters())])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+LONG_TEXTS = {
+    "many words": "a dog and a cat " * 5000,
+    "one word": "dogcat" * 15_000,
+    "one letter": "a" * 90_000,
+    "long words": " ".join(["cat" * 3000, "dog" * 3000, "and a cat"] * 30),
+    "spaces": "a" + " " * 90_000 + "cat" + "\n" * 50_000 + "dog",
+    "marks": "! " * 40_000 + "a cat",
+    "letters without spaces": "猫と犬" * 20_000,
+}
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
+def test_long_texts_keep_their_first_tokens(text):
+    tokenizer = train_tokenizer(["a cat", "a dog and a cat", "cat " * 10] * 5, 540)
+    collator = Collator(tokenizer, 40)
+    shortened = shorten_text(text, collator.max_length, collator.max_word)
+    assert tokenizer(shortened, truncation=True, max_length=40) == tokenizer(text, truncation=True, max_length=40)
+    assert len("".join(shortened.split())) <= max(40 * collator.max_word, 90_000)
+    assert shorten_text("short  text\n", 1, 20) == "short  text\n"
+
+
+def test_long_words_are_cut():
+    assert shorten_text(f"{'x' * 5000} y {'z' * 3000} ! a b", 3, 1000) == f"{'x' * 1000} y {'z' * 1000}"

@@ -128,6 +128,27 @@ def test_sources_with_weights_are_passed_through_evenly(shuffle):
 
 
 @pytest.mark.parametrize("shuffle", ["samples", "shards", "none"])
+@pytest.mark.parametrize("num_processes", [1, 3, 8])
+def test_weighted_sources_of_a_million_pairs_are_passed_through_once(shuffle, num_processes):
+    """In two epochs, the first source (half the share, a quarter of the pairs) is passed through twice."""
+    config = make_config(
+        "x", shuffle=shuffle, shuffle_buffer=50_000, train_data_weights=[1, 1], samples_per_epoch=480_000
+    )
+    held_out = np.concatenate([np.arange(0, 250_000, 25), 250_000 + np.arange(0, 750_000, 75)])
+    order = EpochOrder(make_mixture([100_000, 1, 0, 149_999], [750_000]), config, held_out)
+    seen = np.zeros(10**6, int)
+    for rank in range(num_processes):
+        sampler = PairSampler(order, len(order), 480_000 // num_processes // 2, num_processes, rank)
+        for epoch in range(2):
+            for share in sampler._shares(epoch, 0):
+                np.add.at(seen, share, 1)
+    assert not seen[held_out].any()
+    first = seen[np.setdiff1d(np.arange(250_000), held_out)]
+    assert len(first) == 240_000 and (first == 2).all()
+    assert seen[250_000:].max() == 1 and seen[250_000:].sum() == 480_000
+
+
+@pytest.mark.parametrize("shuffle", ["samples", "shards", "none"])
 @pytest.mark.parametrize("weights", [[], [2, 1]])
 def test_parts_of_an_epoch_are_what_the_whole_is(shuffle, weights):
     config = make_config("x", shuffle=shuffle, shuffle_buffer=30, train_data_weights=weights)

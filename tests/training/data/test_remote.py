@@ -1,27 +1,38 @@
 """Remote shards give the batches of local ones, in a cache of limited size, whatever the server does."""
 
+import base64
+import functools
+import hashlib
 import itertools
 import pickle
+import shutil
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfFileSystem
 
 import training.data.index_cache
+import training.data.mixture
 import training.data.remote
 import training.data.shard_cache
 from modeling_amorlip.cli_amorlip import UserError
+from tests.helpers.hub_server import Hub, Repository, connect
 from tests.helpers.shard_server import ShardServer
 from tests.helpers.shards import make_config, write_shards
+from training.data.checksums import Checksum, read_checksum
 from training.data.dataset import make_dataloader
 from training.data.mixture import open_pairs
 from training.data.order import EpochOrder, PairSampler
 from training.data.prefetch import PrefetchingSampler
+from training.data.shard_cache import RemoteFile, ShardCache
 from training.data.shards import ShardError
 
 
 SHARDS = "{00000..00006}.tar"
+MD5_OF_ABC = "900150983cd24fb0d6963f7d28e17f72"
 
 
 @pytest.fixture
@@ -147,6 +158,103 @@ def test_a_shard_that_changes_ends_the_run(server, cache, rows, tmp_path):
     assert pairs[40]["caption"] == rows[40]["caption"]
 
 
+def test_an_outage_loses_and_repeats_no_sample(server, cache):
+    expected = read_batches(server.folder, 10)
+    config = make_config(f"{server.address}/{SHARDS}", shuffle="shards", shuffle_buffer=30, dataloader_num_workers=0)
+    pairs = open_pairs(config)
+    sampler = PairSampler(EpochOrder(pairs, config), len(pairs), 20, 1, 0)
+    worker = pickle.loads(pickle.dumps(pairs))  # without files that are open already
+    batches = iter(make_dataloader(worker, config, 16, list, sampler))
+    read = [next(batches) for _ in range(3)]
+    for path in cache.glob("*.tar"):
+        path.unlink()
+    worker.parts[0].files.clear()
+    timer = server.go_away(0.3)
+    read += [next(batches) for _ in range(7)]
+    timer.join()
+    assert_same(read, expected)
+
+
+def test_copies_that_arrive_damaged_are_copied_again(server, cache, monkeypatch):
+    for path in server.folder.iterdir():
+        digest = base64.b64encode(hashlib.md5(path.read_bytes()).digest()).decode()
+        server.headers[path.name] = {"Content-MD5": digest}
+    server.corruptions = 3
+    assert_same(read_batches(f"{server.address}/{SHARDS}"), read_batches(server.folder))
+    assert server.corruptions == 0
+    monkeypatch.setattr(training.data.shard_cache, "RETRY_SECONDS", 0.01)
+    for path in cache.glob("*.tar"):
+        path.write_bytes(path.read_bytes()[:-1000])  # after a crash of the system
+    assert_same(read_batches(f"{server.address}/{SHARDS}"), read_batches(server.folder))
+    server.headers["00003.tar"] = {"Content-MD5": base64.b64encode(bytes(16)).decode()}
+    for path in cache.glob("*.tar"):
+        path.unlink()
+    for path in cache.parent.glob("*.idx"):
+        path.unlink()
+    with pytest.raises(ShardError, match=f"00003.tar could not .*: it arrived damaged: .* in the store {'0' * 32}"):
+        open_pairs(make_config(f"{server.address}/{SHARDS}", shuffle="shards"))
+
+
+def test_an_etag_of_s3_that_is_no_md5_is_done_without(tmp_path):
+    content = b"content of an object that is encrypted by KMS"
+    reads = []
+    checksum = Checksum("md5", "0" * 32, is_certain=False)
+    cache = ShardCache(tmp_path, 1000)
+    for name in ("s3://bucket/0.tar", "s3://bucket/1.tar"):
+        read = functools.partial(lambda name, start, end: reads.append(name) or content[start:end], name)
+        file = RemoteFile(name, len(content), "v", checksum, read, lambda: (len(content), "v"))
+        assert cache.open(file).read(0, 100) == content
+    assert reads == ["s3://bucket/0.tar"] * 2 + ["s3://bucket/1.tar"]
+
+
+@pytest.mark.parametrize(
+    "address, info, expected",
+    [
+        ("s3://b/k", {"ETag": '"900150983cd24fb0d6963f7d28e17f72"'}, Checksum("md5", MD5_OF_ABC, is_certain=False)),
+        ("s3://b/k", {"ETag": '"900150983cd24fb0d6963f7d28e17f72-2"'}, None),
+        ("https://h/k", {"ETag": '"900150983cd24fb0d6963f7d28e17f72"'}, None),
+        ("https://h/k", {"Content-MD5": "kAFQmDzST7DWlj99KOF/cg=="}, Checksum("md5", MD5_OF_ABC)),
+        ("https://h/k", {"Digest": "sha=x, md5=kAFQmDzST7DWlj99KOF/cg=="}, Checksum("md5", MD5_OF_ABC)),
+        ("https://h/k", {"Content-MD5": "not base64"}, None),
+        ("gs://b/k", {"md5Hash": "kAFQmDzST7DWlj99KOF/cg=="}, Checksum("md5", MD5_OF_ABC)),
+        ("gs://b/composed", {"crc32c": "AAAAAA=="}, None),
+        ("az://b/k", {"content_settings": {"content_md5": bytes.fromhex(MD5_OF_ABC)}}, Checksum("md5", MD5_OF_ABC)),
+        ("hf://datasets/a/b/k", {"lfs": SimpleNamespace(sha256="ab" * 32)}, Checksum("sha256", "ab" * 32)),
+        ("hf://datasets/a/b/k", {"lfs": None}, None),
+    ],
+)
+def test_checksums_that_stores_give(address, info, expected):
+    assert read_checksum(address, info) == expected
+
+
+def test_tables_are_copied_from_addresses(server, cache, forms, rows):
+    for name in ("pairs.parquet", "pairs.csv"):
+        shutil.copy(forms["parquet"].parent / name, server.folder / name)
+    pairs = open_pairs(make_config(f"{server.address}/pairs.parquet"))
+    assert [pairs[i]["caption"] for i in range(100)] == [row["caption"] for row in rows]
+    assert pairs[7]["image"] == rows[7]["image"]["bytes"]
+    with pytest.raises(UserError, match="names files that are not there .*000000.png"):
+        open_pairs(make_config(f"{server.address}/pairs.csv"))
+
+
+def test_shards_of_the_hub_are_read_by_its_client(rows, cache, tmp_path, monkeypatch):
+    write_shards(rows, tmp_path / "shards")
+    hub = Hub()
+    connect(monkeypatch, hub, tmp_path)
+    monkeypatch.setattr(training.data.mixture, "HF_HUB_OFFLINE", False)
+    HfFileSystem.clear_instance_cache()
+    try:
+        repository = hub.repositories["user/pairs"] = Repository(private=False)
+        files = {f"data/{path.name}": path.read_bytes() for path in (tmp_path / "shards").iterdir()}
+        repository.branches["main"] = repository.add(files, "data")
+        assert_same(read_batches("hf://datasets/user/pairs/data/*.tar"), read_batches(tmp_path / "shards"))
+        with pytest.raises(UserError, match="there is no hf://datasets/user/pairs/no"):
+            open_pairs(make_config("hf://datasets/user/pairs/no*.tar"))
+    finally:
+        hub.close()
+        HfFileSystem.clear_instance_cache()
+
+
 def test_other_stores_are_read_through_fsspec(rows, tmp_path, cache):
     fsspec = pytest.importorskip("fsspec")
     write_shards(rows, tmp_path / "shards")
@@ -165,7 +273,8 @@ def test_other_stores_are_read_through_fsspec(rows, tmp_path, cache):
         ("http://127.0.0.1:9/0.tar", "http://127.0.0.1:9/0.tar cannot be read"),
         ("memory://nothing/*.tar", "there is no memory://nothing/"),
         ("nosuch://bucket/0.tar", "Protocol not known: nosuch"),
-        ("https://example.org/pairs.parquet", "only tars are read from there; download the table"),
+        ("http://127.0.0.1:9/pairs.parquet", "http://127.0.0.1:9/pairs.parquet cannot be read"),
+        ("http://127.0.0.1:9/pairs.zip", "only files that are all .tar or all of one of .parquet"),
         ("hf://datasets/owner", "write hf://datasets/OWNER/NAME/PATTERN"),
     ],
 )

@@ -3,14 +3,18 @@
 import base64
 import io
 import json
+import os
+import pickle
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
+import training.data.arrow_files
 from modeling_amorlip.cli_amorlip import UserError
 from tests.helpers.shards import make_config
+from training.data.arrow_files import choose_cache
 from training.data.csv_rows import read_rows
 from training.data.dataset import PairDataset
 from training.data.mixture import open_pairs
@@ -99,6 +103,15 @@ def test_unreadable_files_name_the_cause(folder):
     (folder / "b.csv").write_text("image,caption\n0.png,a\n", encoding="utf-16")
     with pytest.raises(UserError, match="is UTF-16, not UTF-8"):
         open_pairs(make_config(folder / "b.csv"))
+    (folder / "c.csv").write_bytes(b"image,caption\r0.png,a\r1.png,b\r")
+    with pytest.raises(UserError, match="ends lines by carriage returns alone"):
+        open_pairs(make_config(folder / "c.csv"))
+    (folder / "a.jsonl").write_bytes(b"")
+    with pytest.raises(UserError, match="a.jsonl is empty"):
+        open_pairs(make_config(folder / "a.jsonl"))
+    (folder / "b.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="b.parquet is a Git LFS pointer"):
+        open_pairs(make_config(folder / "b.parquet"))
     path = write_parquet(folder / "a.parquet", FILES, COLORS)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match="Parquet magic bytes not found"):
@@ -212,6 +225,101 @@ def test_images_with_texts_beside_them(folder):
     assert captions_of(folder) == ["a red", "a green", "a blue"]
     line = open_pairs(make_config(folder)).report()[0]
     assert "1 images without a caption, 1 captions without an image" in line
+
+
+def write_coco(folder, number):
+    images = [{"id": i, "file_name": "0.png"} for i in range(number)]
+    annotations = [{"image_id": i, "caption": f"caption {i}"} for i in range(number)]
+    (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return folder / "captions.json"
+
+
+def write_csv(folder, number):
+    (folder / "a.csv").write_text("image,caption\n" + "".join(f"0.png,caption {i}\n" for i in range(number)))
+    return folder / "a.csv"
+
+
+def write_texts(folder, number):
+    (folder / "texts").mkdir(exist_ok=True)
+    for i in range(number):
+        (folder / f"texts/{i:04d}.png").write_bytes(FILES[0])
+        (folder / f"texts/{i:04d}.txt").write_text(f"caption {i}")
+    return folder / "texts"
+
+
+WRITERS = [write_coco, write_csv, write_texts]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_workers_receive_nothing_per_row(folder, write):
+    sizes = []
+    for number in (10, 500):
+        pairs = open_pairs(make_config(write(folder, number)))
+        sizes.append(len(pickle.dumps(pairs)))
+        assert pickle.loads(pickle.dumps(pairs))[9]["caption"] in ("caption 9", ["caption 9"])
+    assert abs(sizes[1] - sizes[0]) < 100
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_an_unwritable_cache_is_told_and_done_without(folder, write, monkeypatch):
+    (folder / "home").write_text("a file where the folder would be")
+    monkeypatch.setattr(training.data.arrow_files, "HF_HOME", str(folder / "home"))
+    pairs = open_pairs(make_config(write(folder, 10)))
+    assert "cannot be written" in pairs.report()[0] and "in memory" in pairs.report()[0]
+    assert [str(caption) for caption in pairs.captions()] == [f"caption {i}" for i in range(10)]
+
+
+def test_a_full_cache_of_datasets_is_told_and_done_without(folder, monkeypatch):
+    (folder / "home").write_text("a file where the folder would be")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "home/datasets")
+    choose_cache.cache_clear()
+    try:
+        pairs = open_pairs(make_config(write_parquet(folder / "a.parquet", FILES, COLORS)))
+        assert [pairs[i]["caption"] for i in range(4)] == COLORS
+        assert "tables are converted in" in pairs.report()[0] and "set HF_HOME" in pairs.report()[0]
+    finally:
+        choose_cache.cache_clear()
+
+
+def test_a_damaged_table_of_the_cache_is_converted_again(folder, monkeypatch):
+    monkeypatch.setattr(training.data.arrow_files, "HF_HOME", str(folder / "home"))
+    path = write_csv(folder, 10)
+    open_pairs(make_config(path))
+    (table,) = (folder / "home/amorlip/tables").iterdir()
+    for content in (b"", table.read_bytes()[:100], b"something else" * 100):
+        table.write_bytes(content)
+        assert list(open_pairs(make_config(path)).captions()) == [f"caption {i}" for i in range(10)]
+
+
+def test_coco_files_of_other_kinds_and_odd_captions(folder):
+    path = folder / "instances.json"
+    path.write_text(json.dumps({"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 1}]}))
+    with pytest.raises(UserError, match="has no image with a caption: name COCO's captions_"):
+        open_pairs(make_config(path))
+    path.write_text(json.dumps({"images": [{"file_name": "0.png"}], "annotations": [{"image_id": 1, "caption": "a"}]}))
+    with pytest.raises(UserError, match=r"not laid out as COCO's captions \(KeyError: 'id'\)"):
+        open_pairs(make_config(path))
+    annotations = [{"image_id": 1, "caption": text} for text in ("a \ud800", None, 5, "fine")]
+    path.write_text(json.dumps({"images": [{"id": 1, "file_name": "0.png"}], "annotations": annotations}))
+    assert captions_of(path) == ["fine"]
+
+
+def test_pipes_and_folders_are_no_images(folder):
+    os.mkfifo(folder / "pipe.png")
+    (folder / "a.csv").write_text(f"image,caption\npipe.png,a\n{folder},b\n/dev/zero,c\n1.png,d\n")
+    config = make_config(folder / "a.csv")
+    dataset = PairDataset(open_pairs(config), config, 8)
+    samples = [dataset[0, i] for i in range(4)]
+    assert {sample.caption for sample in samples} == {"d"}
+    assert all("is a folder, a pipe or a device" in bad["reason"] for sample in samples for bad in sample.bad_samples)
+
+
+def test_tables_whose_images_are_all_missing_are_refused(folder):
+    (folder / "a.csv").write_text("image,caption\nno.png,a\nnone.png,b\n")
+    with pytest.raises(UserError, match="names files that are not there .*no.png"):
+        open_pairs(make_config(folder / "a.csv"))
+    (folder / "b.csv").write_text("image,caption\nno.png,a\n1.png,b\n")
+    assert len(open_pairs(make_config(folder / "b.csv"))) == 2
 
 
 def test_splits_of_saved_sets_are_checked(tmp_path):
