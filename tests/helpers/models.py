@@ -35,11 +35,12 @@ def make_model(seed: int = 0, **changes) -> tuple[AmorLIPModel, CLIPProcessor]:
     tokenizer = make_tokenizer()
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(seed)
-    config = AmorLIPConfig(
-        vision_config={**TOWER, "model_type": "clip_vision_model", "image_size": 32, "patch_size": 16},
-        text_config={**TOWER, **text, "model_type": "clip_text_model"},
-        **{"projection_dim": 16, **changes},
-    )
+    defaults = {
+        "vision_config": {**TOWER, "model_type": "clip_vision_model", "image_size": 32, "patch_size": 16},
+        "text_config": {**TOWER, **text, "model_type": "clip_text_model"},
+        "projection_dim": 16,
+    }
+    config = AmorLIPConfig(**{**defaults, **changes})
     size = {"height": 32, "width": 32}
     image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size, do_convert_rgb=True)
     return AmorLIPModel(config).eval(), CLIPProcessor(image_processor, tokenizer)
