@@ -289,7 +289,7 @@ def _through_datasets(task: Task, data_dir: Path, split: str) -> TaskData:
 def _from_table(
     task: Task, data_dir: Path, name: str, rows: datasets.Dataset, files: list[Path] | None = None
 ) -> TaskData:
-    """Return data in rows, with its class names; raise `UserError` when a column is missing or there are no rows."""
+    """Return data in rows, with its class names; raise `UserError` when a column is missing."""
     columns = {
         "winogavil": ("candidates", "candidates_images", "associations", "cue"),
         "retrieval": (task.image_column, "caption"),
@@ -297,8 +297,6 @@ def _from_table(
     }[task.kind]
     if missing := [column for column in columns if column not in rows.column_names]:
         raise UserError(f"{task.name}: there is no column {missing[0]}; there are {', '.join(rows.column_names)}.")
-    if not len(rows):
-        raise UserError(f"{task.name}: {name} has no rows; fetch it again with --download, or write it anew.")
     # Raw values, so that one decoder reads all images.
     raw_rows = rows.select_columns(list(columns)).with_format("arrow")
     data = TaskData(task, name, rows=raw_rows, files=files or [])

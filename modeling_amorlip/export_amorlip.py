@@ -183,7 +183,9 @@ def main() -> None:
     with as_user_error(ValueError, OSError, ImportError):
         model, processor = load_amorlip("--model", arguments.model)
         if processor is None:
-            raise UserError(f"--model {arguments.model} has no processor; save it there with processor.save_pretrained.")
+            raise UserError(
+                f"--model {arguments.model} has no processor; save it there with processor.save_pretrained."
+            )
         paths = export(
             model,
             arguments.output,

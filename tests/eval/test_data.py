@@ -119,5 +119,5 @@ def test_table_without_rows_is_named(kind, column, is_repository, tmp_path):
     rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "wds_mine/test-0.parquet"), split="train")
     rows.select([]).to_parquet(tmp_path / "wds_mine/test-0.parquet")
     source = {"repositories": ("x/wds_mine",)} if is_repository else {"data": "wds_mine/test-0.parquet"}
-    with pytest.raises(UserError, match="mine: .*wds_mine.* has no rows"):
+    with pytest.raises(UserError, match="mine: .*test-0.parquet has no rows"):
         find_data(Task("mine", kind=kind, **source), tmp_path)
