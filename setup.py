@@ -50,6 +50,7 @@ DEV = [
     "ruff",  # lint and format
     "scikit-learn",  # references for metrics, and digits as real images
     "selenium",  # the demo page in a browser, where there is one
+    "sentencepiece",  # a slow tokenizer, as SigLIP's
     "sentence-transformers",  # a reference for pooling
     "triton; sys_platform == 'linux'",  # its interpreter runs the GPU kernels' tests on a CPU
     "types-PyYAML",  # types for mypy

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -274,13 +274,28 @@ def _results_of_line(results: list[dict[str, Any]]) -> list[TaskResult]:
     return list(by_task.values())
 
 
-def read_run_config(folder: Path) -> dict[str, Any]:
-    """Return the settings of a training run's run_config.yaml, {} where there is none."""
+def read_run_config(folder: Path, load: Callable[[str], Any] = yaml.safe_load) -> dict[str, Any]:
+    """Return the settings of a training run and under `versions` what it ran with, {} without a run_config.yaml.
+
+    Args:
+        load: Reader of YAML.
+
+    Raises:
+        UserError: The file cannot be read or is damaged.
+    """
     file = folder / "run_config.yaml"
     if not file.is_file():
         return {}
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return values.get("arguments", values)
+    try:
+        document = load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        document = None
+    if not isinstance(document, dict):
+        raise UserError(f"{file} is damaged: it is not YAML with one setting per line.")
+    versions = document.get("versions", {})
+    return document.get("arguments", document) | {"versions": versions}
 
 
 def print_table(results: Iterable[TaskResult]) -> None:

@@ -57,10 +57,13 @@ def _split_of(file: str, requested: str) -> str:
 
 def load_parquet(files: Iterable[str], task: Task) -> datasets.Dataset:
     """Return the rows of parquet files; raise `UserError` when they cannot be read."""
+    files = list(files)
     try:
-        return datasets.load_dataset("parquet", data_files=list(files), split="train")
+        return datasets.load_dataset("parquet", data_files=files, split="train")
     except Exception as error:  # `datasets` raises many types and hides the cause behind its own
         cause = error.__cause__ or error
+        if "corresponds to no data" in str(cause):
+            raise UserError(f"{task.name}: {', '.join(files)} has no rows; fetch or write it again.") from None
         raise UserError(
             f"{task.name}: its parquet files cannot be read: {str(cause).strip().splitlines()[0]}"
         ) from None

@@ -14,11 +14,10 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoProcessor
 
-from .cli_amorlip import UserError, as_user_error, cli_entry_point
+from .cli_amorlip import as_user_error, cli_entry_point
+from .loading_amorlip import load_amorlip
 from .modeling_amorlip import AmorLIPModel
 from .open_clip_amorlip import open_clip_config, to_open_clip_names
 
@@ -46,13 +45,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder to write")
     arguments = parser.parse_args()
     with as_user_error(ValueError, OSError, ImportError):
-        model = AutoModel.from_pretrained(arguments.source, dtype=torch.float32)
-        if not isinstance(model, AmorLIPModel):
-            raise UserError(f"--source {arguments.source} is a {type(model).__name__}; name an AmorLIPModel.")
-        try:
-            processor = AutoProcessor.from_pretrained(arguments.source)
-        except (OSError, ValueError):
-            processor = None
+        model, processor = load_amorlip("--source", arguments.source)
         export_open_clip(model, arguments.output, processor)
     print(f'open_clip.create_model("local-dir:{arguments.output}")')
 

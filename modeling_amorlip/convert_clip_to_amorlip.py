@@ -26,13 +26,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPImageProcessor, CLIPProcessor
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPProcessor
 from transformers.utils import cached_file
 
 from .cli_amorlip import as_user_error, cli_entry_point
 from .configuration_amorlip import AmorLIPConfig
 from .modeling_amorlip import AmorLIPModel
 from .open_clip_amorlip import from_open_clip_names, open_clip_architecture
+from .open_clip_images_amorlip import image_processor_from_open_clip
 
 
 TRANSFORMERS_TYPES = ("clip", "siglip", "siglip2")
@@ -217,13 +218,8 @@ def _open_clip_processor(config: AmorLIPConfig, open_clip_config: dict, tokenize
             f"has {text.vocab_size} and reads at {text.eos_token_id}. Name the tokenizer that it was trained with."
         )
     tokenizer.model_max_length = text.max_position_embeddings
-    preprocess, size = open_clip_config.get("preprocess_cfg", {}), config.vision_config.image_size
-    image_processor = CLIPImageProcessor(
-        size={"height": size, "width": size} if preprocess.get("resize_mode") == "squash" else {"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        resample={"bicubic": 3, "bilinear": 2}[preprocess.get("interpolation", "bicubic")],
-        do_convert_rgb=True,
-        **{f"image_{name}": preprocess[name] for name in ("mean", "std") if name in preprocess},
+    image_processor = image_processor_from_open_clip(
+        open_clip_config.get("preprocess_cfg", {}), config.vision_config.image_size
     )
     return CLIPProcessor(image_processor, tokenizer)
 

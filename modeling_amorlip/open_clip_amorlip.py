@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .configuration_amorlip import AmorLIPConfig
 from .modeling_amorlip import AmorLIPModel
+from .open_clip_images_amorlip import open_clip_preprocess
 
 
 TEXT_NAMES = (
@@ -123,6 +124,8 @@ def _vit(weights: dict[str, Tensor], vision_cfg: dict, hidden_act: str) -> dict[
     if not vision_cfg:
         heads = max(1, min(16, heads))  # ViT-H and larger ones have wider heads, not more
     grid = math.isqrt(len(weights["visual.positional_embedding"]) - 1)
+    if grid * grid != len(weights["visual.positional_embedding"]) - 1:
+        raise ValueError("The vision encoder's images are not square; CLIP's of Transformers are.")
     return {
         "model_type": "clip_vision_model",
         "image_size": grid * patch_size,
@@ -182,7 +185,7 @@ def open_clip_config(model: AmorLIPModel, processor=None) -> dict:
     """Return the content of `open_clip_config.json`.
 
     Raises:
-        ValueError: OpenCLIP has no such architecture.
+        ValueError: OpenCLIP has no such architecture or preprocessing.
     """
     config = model.config
     vision, text = config.vision_config, config.text_config
@@ -199,10 +202,10 @@ def open_clip_config(model: AmorLIPModel, processor=None) -> dict:
     # OpenCLIP reads texts at their highest token, CLIP's end of text; in old checkpoints that is eos_token_id 2.
     if text.eos_token_id not in (2, text.vocab_size - 1):
         text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
-    preprocess_cfg: dict[str, Any] = {"interpolation": "bicubic", "resize_mode": "shortest"}
+    preprocess_cfg: dict[str, Any] = {}  # OpenCLIP has defaults
     if processor is not None:
         text_cfg["hf_tokenizer_name"] = "."  # OpenCLIP looks into the folder itself
-        preprocess_cfg |= {name: list(getattr(processor.image_processor, f"image_{name}")) for name in ("mean", "std")}
+        preprocess_cfg = open_clip_preprocess(processor.image_processor, vision.image_size)
     model_cfg = {
         "embed_dim": config.projection_dim,
         "quick_gelu": activation == "quick_gelu",

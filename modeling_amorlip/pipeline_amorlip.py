@@ -7,6 +7,11 @@ from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY
 
 
+def pads_to_context(text_config) -> bool:
+    """Return whether a text encoder was made for texts padded to its context: SigLIP's reads its last position."""
+    return getattr(text_config, "model_type", "").startswith("siglip")
+
+
 def tokenize_texts(tokenizer, text_config, texts: list[str], **options):
     """Tokenize texts [T, length] for a text encoder, truncated to its context.
 
@@ -14,11 +19,10 @@ def tokenize_texts(tokenizer, text_config, texts: list[str], **options):
     attention mask tells it where texts end. `options` override what the tokenizer is called with.
     """
     positions = getattr(text_config, "max_position_embeddings", None)
-    is_siglip = getattr(text_config, "model_type", "").startswith("siglip")
     has_mask = "attention_mask" in getattr(tokenizer, "model_input_names", ("attention_mask",))
     # RoBERTa's tokenizer knows the shorter length, CLIP's may know none, and T5 has no positions to run out of.
     context = min(positions or 1_000_000, getattr(tokenizer, "model_max_length", 1_000_000))
-    padding = "max_length" if positions and (is_siglip or not has_mask) else True
+    padding = "max_length" if positions and (pads_to_context(text_config) or not has_mask) else True
     defaults = {"padding": padding, "truncation": True, "max_length": context, "return_tensors": "pt"}
     return tokenizer(texts, **defaults | options)
 

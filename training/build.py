@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from eval.tasks import Task, load_task
 from modeling_amorlip import AmorLIPConfig
 from modeling_amorlip.cli_amorlip import UserError
+from modeling_amorlip.pipeline_amorlip import pads_to_context
 from training.config import OptimizationConfig, PretrainConfig, build, unknown_name
 from training.data.collate import Collator
 from training.data.dataset import make_dataloader
@@ -130,7 +131,8 @@ def build_loaders(
     config: PretrainConfig, built: TrainingModel, pairs: Mixture, sampler: PairSampler
 ) -> tuple[DataLoader, DataLoader | None]:
     """Return the loader of training batches, and one of the held-out pairs if there are any."""
-    collator = Collator(built.processor.tokenizer, built.context, config.pad_text_to_multiple)
+    multiple = -1 if pads_to_context(built.model.config.text_config) else config.pad_text_to_multiple
+    collator = Collator(built.processor.tokenizer, built.context, multiple)
     dataloader = make_dataloader(pairs, config, built.image_size, collator, sampler)
     if not config.validation_samples:
         return dataloader, None

@@ -88,6 +88,27 @@ def _logit_bias(model: Any) -> Tensor | None:
     return getattr(model, "logit_bias", None)
 
 
+def label_images(
+    model: Any,
+    embeds: dict[ImageSource, Tensor],
+    labels: Sequence[str],
+    label_embeds: Tensor,
+    top: int,
+    tile_size: int = 1024,
+) -> list[ImageLabel]:
+    """Return the `top` labels of each image, likeliest first; probabilities of one tile of images are held at a time.
+
+    Args:
+        embeds: embedding [d] of each image. label_embeds: [C, d].
+    """
+    rows, sources = [], list(embeds)
+    for start in range(0, len(sources), tile_size):
+        tile = sources[start : start + tile_size]
+        probabilities = label_probabilities(model, torch.stack([embeds[source] for source in tile]), label_embeds)
+        rows += best_labels(tile, labels, probabilities, top)
+    return rows
+
+
 def best_labels(
     images: Sequence[ImageSource], labels: Sequence[str], probabilities: Tensor, top: int
 ) -> list[ImageLabel]:
@@ -143,8 +164,7 @@ def main() -> None:
     embeds = encode_files(model, processor, sources, arguments.batch_size)
     if not embeds:
         raise UserError(f"None of the {len(sources)} images can be read.")
-    probabilities = label_probabilities(model, torch.stack(list(embeds.values())), label_embeds)
-    rows = best_labels(list(embeds), labels, probabilities, arguments.top)
+    rows = label_images(model, embeds, labels, label_embeds, arguments.top)
     for row in rows:
         if row.rank == 1:
             print(printable(row.image))

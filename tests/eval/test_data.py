@@ -109,3 +109,15 @@ def test_wrong_sample_is_named(members, message, tmp_path):
     data = find_data(Task("mine", kind="retrieval", repositories=("x/wds_mine",)), tmp_path)
     with pytest.raises(UserError, match=message):
         list(data.samples())
+
+
+@pytest.mark.parametrize("kind, column", [("classification", "label"), ("retrieval", "caption")])
+@pytest.mark.parametrize("is_repository", [True, False])
+def test_table_without_rows_is_named(kind, column, is_repository, tmp_path):
+    """A download that wrote a schema alone: refused when training or evaluation looks for its data, not after."""
+    write_parquet(tmp_path / "wds_mine/test-0.parquet", **{column: ["a"]})
+    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "wds_mine/test-0.parquet"), split="train")
+    rows.select([]).to_parquet(tmp_path / "wds_mine/test-0.parquet")
+    source = {"repositories": ("x/wds_mine",)} if is_repository else {"data": "wds_mine/test-0.parquet"}
+    with pytest.raises(UserError, match="mine: .*test-0.parquet has no rows"):
+        find_data(Task("mine", kind=kind, **source), tmp_path)

@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from modeling_amorlip.cli_amorlip import UserError
-from tests.helpers.checkout import ROOT
+from modeling_amorlip.embedder_amorlip import encode_texts
+from tests.helpers.checkout import ROOT, TINY
 from tests.helpers.runs import build, train
 from training.build import build_encoder
 from training.config import PretrainConfig
@@ -83,6 +84,20 @@ def test_bad_data_ends_in_one_clear_message(recipe, demo_rows, tmp_path, case, m
         write_rows(raw, path, lambda i, row: {**row, "caption": " ", "captions": []})
     with pytest.raises(UserError, match=message):
         train(recipe(train_data=str(path)))
+
+
+def test_texts_of_siglip_towers_are_padded_as_in_evaluation(recipe):
+    """SigLIP reads a text at its last position, so the embedding depends on the padded length, mask or not."""
+    text = {**TINY["text_config"], "model_type": "siglip_text_model", "projection_size": 32}
+    trainer = build(recipe(text_config=text))
+    batch = next(iter(trainer.dataloader))
+    assert batch["input_ids"].shape[1] == 32 and batch["attention_mask"].sum(1).max() < 32
+    model, processor = trainer.built.model.eval(), trainer.built.processor
+    captions = [processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in batch["input_ids"][:4]]
+    with torch.inference_mode():
+        embeds = model.get_text_features(batch["input_ids"][:4], batch["attention_mask"][:4]).pooler_output
+    evaluated = encode_texts(model, processor, captions[:1], normalize=False)
+    torch.testing.assert_close(evaluated, embeds[:1], rtol=1e-4, atol=1e-5)
 
 
 def test_recipe_needs_its_data():

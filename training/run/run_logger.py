@@ -11,10 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
+from eval import report
 from modeling_amorlip.cli_amorlip import UserError
-from training.config_yaml import dump_yaml, load_yaml, settings_of_run
+from training.config_yaml import dump_yaml, load_yaml
 from training.run.checkpointing import lock_folder
 
 
@@ -106,16 +105,9 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: The folder has no run_config.yaml that can be read.
     """
-    path = folder / "run_config.yaml"
-    try:
-        document = load_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        document = None
-    if not isinstance(document, dict):
-        raise UserError(f"{path} is damaged: it is not YAML with one setting per line.")
-    return settings_of_run(document) | {"versions": document.get("versions", {})}
+    if not (folder / "run_config.yaml").is_file():
+        raise UserError(f"{folder / 'run_config.yaml'} cannot be read: there is no such file.")
+    return report.read_run_config(folder, load_yaml)
 
 
 def replace_nonfinite(value: Any) -> Any:

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, SiglipConfig, SiglipModel
 
 from eval.apps import image_files
-from eval.apps.classify import embed_labels, label_probabilities, main
+from eval.apps.classify import best_labels, embed_labels, label_images, label_probabilities, main
 from eval.apps.image_files import read_image
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel
 from modeling_amorlip.convert_clip_to_amorlip import convert
@@ -182,3 +182,15 @@ def test_siglip_gives_its_own_probabilities(tiny_model, emoji_files, tmp_path, c
     embeds = embed_labels(model, processor, LABELS, "{}")
     probabilities = label_probabilities(model, encode_images(model, processor, images), embeds)
     torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-5)
+
+
+def test_labels_do_not_depend_on_how_many_images_are_scored_at_a_time(loaded):
+    model, processor = loaded
+    label_embeds = embed_labels(model, processor, LABELS, "{}")
+    images = torch.nn.functional.normalize(torch.randn(7, label_embeds.shape[1]), dim=-1)
+    names = [f"{number}.png" for number in range(7)]
+    embeds = dict(zip(names, images, strict=True))
+    whole = best_labels(names, LABELS, label_probabilities(model, images, label_embeds), 2)
+    tiled = label_images(model, embeds, LABELS, label_embeds, 2, tile_size=3)
+    assert [(row.image, row.rank, row.label) for row in tiled] == [(row.image, row.rank, row.label) for row in whole]
+    assert [row.probability for row in tiled] == pytest.approx([row.probability for row in whole])
