@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .architectures_amorlip import require_encoder
 from .configuration_amorlip import AmorLIPConfig
 from .resnet_amorlip import AmorLIPResNetModel
 
@@ -34,8 +35,15 @@ ENCODERS = {
 
 
 def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
-    """Build the `"vision"` or `"text"` encoder of a model with fresh weights, in the default dtype."""
+    """Build the `"vision"` or `"text"` encoder of a model with fresh weights, in the default dtype.
+
+    Raises:
+        ValueError: the architecture cannot be a tower; the message names it.
+    """
     config, pooling = getattr(config, f"{side}_config"), getattr(config, f"{side}_pooling")
+    require_encoder(config, side, ENCODERS)
+    if getattr(config, "use_cache", False):  # of keys and values for generation, which nothing would read
+        config.use_cache = False
     if config.dtype is not None:  # remembered from a checkpoint that the configuration came with
         config.dtype = torch.get_default_dtype()
     model_class = _encoder_class(config)
@@ -71,6 +79,8 @@ def pooled_size(config: AmorLIPConfig, side: str) -> int:
     config, pooling = getattr(config, f"{side}_config"), getattr(config, f"{side}_pooling")
     if pooling == "pooler" and hasattr(config, "projection_size"):  # SigLIP's texts
         return config.projection_size
+    if pooling == "pooler" and config.model_type == "mobilevit":
+        return config.neck_hidden_sizes[-1]
     if hasattr(config, "hidden_sizes"):
         return config.hidden_sizes[-1]
     if not hasattr(config, "hidden_size"):
@@ -163,7 +173,7 @@ def pool(
     if pooling == "pooler":
         if (pooled := outputs.get("pooler_output")) is None:
             raise ValueError("The encoder gives no pooler_output: set its pooling to 'cls', 'mean', 'eos' or 'last'.")
-        return pooled.flatten(1)  # some encoders pool to [N, C, 1, 1]
+        return pooled if pooled.ndim == 2 else pooled.flatten(2).mean(-1)  # some pool to [N, C, 1, 1] or [N, C, 2, 2]
     hidden = outputs.last_hidden_state
     if hidden.ndim != 3:
         if pooling == "mean":
