@@ -26,19 +26,33 @@ REASONS = {
     "returns a depth map, not an embedding": "depth_pro",
     "returns a larger image, not an embedding": "swin2sr",
     "hides patches at random": "vit_mae",
-    "fails in bfloat16": "deberta falcon_mamba swinv2",
-    "has no mask, so that padding changes the embedding": "convbert cpmant fnet",
-    "fails on texts of fewer than four tokens": "canine",
-    "has weights that a text's embedding gives no gradient": (
-        "axk2 deepseek_v32 deepseek_v4 dots3_note_text glm_moe_dsa hy_v4 led"
-    ),
+    "fails in bfloat16": "deberta falcon_mamba mamba mamba2 mra swinv2 xlnet",
+    "has no mask, so that padding changes the embedding": "convbert cpmant fnet yoso",
+    "takes texts of certain lengths only": "canine reformer",
+    "has weights that a text's embedding gives no gradient": "deepseek_v4 longcat_flash",
     "returns no hidden states": (
-        "dpr fastspeech2_conformer fastspeech2_conformer_with_hifigan fsmt hgnet_v2 higgs_audio_v2"
+        "dpr fastspeech2_conformer fastspeech2_conformer_with_hifigan hgnet_v2 higgs_audio_v2 vits"
     ),
-    "needs the place of every token on a page": "bros",
-    "also needs the decoder's inputs": "blenderbot blenderbot-small",
+    "needs the place of every token on a page": "bros lilt",
+    "needs the language of every text": "xmod",
+    "makes sounds or embeds them": "musicgen musicgen_melody pe_audio pe_audio_video pe_video",
+    "is an encoder-decoder, whose decoder needs inputs of its own": "t5gemma",
 }
 REFUSED = {name: reason for reason, names in REASONS.items() for name in names.split()}
+
+
+# Parts of the names of parameters that an embedding gives no gradient: choices of what to attend to, and inputs or
+# outputs that are not used. DistributedDataParallel would wait for them.
+WITHOUT_GRADIENT = (
+    "contact_head.",
+    "entity_embeddings.",
+    "xpath_unitseq2_embeddings.",
+    "_global.",
+    ".indexer.",
+    ".w2e_query",
+    ".e2w_query",
+    ".e2e_query",
+)
 
 
 def require_encoder(config: PreTrainedConfig, side: str, encoders: dict[str, Any]) -> None:
@@ -53,10 +67,17 @@ def require_encoder(config: PreTrainedConfig, side: str, encoders: dict[str, Any
     if reason is None:
         encoder_class = encoders.get(name) or _encoder_class(config)
         reason = "has no encoder in Transformers" if encoder_class is None else _mismatch(encoder_class, side)
+        if reason is None and getattr(config, "is_encoder_decoder", False) and not _is_text_encoder(config):
+            reason = f"is an encoder-decoder, whose decoder needs inputs of its own ({encoder_class.__name__})"
     if reason is not None:
         default = "clip_vision_model, siglip_vision_model, dinov2" if side == "vision" else "clip_text_model, bert, t5"
-        kind = "image" if side == "vision" else "text"
-        raise ValueError(f"{field} is {name!r}, which {reason}. Choose an {kind} encoder such as {default}.")
+        kind = "an image" if side == "vision" else "a text"
+        raise ValueError(f"{field} is {name!r}, which {reason}. Choose {kind} encoder such as {default}.")
+
+
+def _is_text_encoder(config: PreTrainedConfig) -> bool:
+    """Return whether Transformers knows the encoder alone of an encoder-decoder, as of T5."""
+    return type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
 
 
 def _encoder_class(config: PreTrainedConfig) -> Any:

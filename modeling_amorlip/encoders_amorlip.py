@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .architectures_amorlip import require_encoder
+from .architectures_amorlip import WITHOUT_GRADIENT, require_encoder
 from .configuration_amorlip import AmorLIPConfig
 from .resnet_amorlip import AmorLIPResNetModel
 
@@ -32,6 +32,13 @@ ENCODERS = {
     "siglip_text_model": SiglipTextModel,
     "siglip2_text_model": Siglip2TextModel,
 }
+
+
+class NoPooler(nn.Module):
+    """In the place of a pooler that is not used: some encoders call theirs without asking whether there is one."""
+
+    def forward(self, *args, **kwargs) -> None:
+        return None
 
 
 def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
@@ -53,7 +60,10 @@ def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
     # masked pretraining puts in the place of patches.
     pooler = getattr(encoder, "pooler", None)
     if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
-        encoder.pooler = None
+        encoder.pooler = NoPooler()
+    for name, parameter in encoder.named_parameters():
+        if any(part in name for part in WITHOUT_GRADIENT):
+            parameter.requires_grad_(False)
     for module in encoder.modules():
         if isinstance(token := getattr(module, "mask_token", None), nn.Parameter):
             del module.mask_token
@@ -81,6 +91,8 @@ def pooled_size(config: AmorLIPConfig, side: str) -> int:
         return config.projection_size
     if pooling == "pooler" and config.model_type == "mobilevit":
         return config.neck_hidden_sizes[-1]
+    if config.model_type == "embedding_gemma2_text":
+        return config.embedding_dim
     if hasattr(config, "hidden_sizes"):
         return config.hidden_sizes[-1]
     if not hasattr(config, "hidden_size"):

@@ -121,7 +121,8 @@ def make_case(name: str, model_class: type, tester: Tester, inapplicable: dict[s
     members = {
         "setUp": lambda self: setattr(self, "model_tester", tester),
         "all_model_classes": (model_class,),
-        "_is_composite": hasattr(model_class.config_class, "sub_configs") and bool(model_class.config_class.sub_configs),
+        "_is_composite": hasattr(model_class.config_class, "sub_configs")
+        and bool(model_class.config_class.sub_configs),
         "has_attentions": has_attentions,
         "test_resize_embeddings": has_texts,
     }
