@@ -86,22 +86,37 @@ class AmortizerHead(nn.Module):
         """Move a fresh head from its mean prediction [] to its mean target []."""
 
 
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32, whatever its weights were cast to."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.linear(inputs.float(), self.weight.float(), self.bias.float())
+
+
+class Float32LayerNorm(nn.LayerNorm):
+    """A layer norm that computes in float32, whatever its weights were cast to."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return nn.functional.layer_norm(inputs.float(), self.normalized_shape, weight, bias, self.eps)
+
+
 class ResidualMLPHead(AmortizerHead):
     """The paper's three-layer residual MLP: [N, d] -> [N]."""
 
     def __init__(self, embed_dim: int, config: AmorLIPAmortizerConfig):
         super().__init__()
         hidden_dim = max(1, round(config.width_factor * embed_dim))
-        self.fc1 = nn.Linear(embed_dim, hidden_dim)
-        self.norm1 = nn.LayerNorm(hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, embed_dim)
-        self.norm2 = nn.LayerNorm(embed_dim)
-        self.out = nn.Linear(embed_dim, 1)
+        self.fc1 = Float32Linear(embed_dim, hidden_dim)
+        self.norm1 = Float32LayerNorm(hidden_dim)
+        self.fc2 = Float32Linear(hidden_dim, embed_dim)
+        self.norm2 = Float32LayerNorm(embed_dim)
+        self.out = Float32Linear(embed_dim, 1)
 
     def forward(self, embeds: Tensor, scale: Tensor, bias: Tensor | float) -> Tensor:
-        hidden = _layer_norm(self.norm1, torch.relu(_linear(self.fc1, embeds)))
-        hidden = _layer_norm(self.norm2, torch.relu(_linear(self.fc2, hidden)))
-        return _linear(self.out, torch.relu(hidden + embeds)).squeeze(-1)
+        hidden = self.norm1(torch.relu(self.fc1(embeds)))
+        hidden = self.norm2(torch.relu(self.fc2(hidden)))
+        return self.out(torch.relu(hidden + embeds)).squeeze(-1)
 
     def reset_parameters(self) -> None:
         for layer in (self.fc1, self.norm1, self.fc2, self.norm2, self.out):
@@ -223,16 +238,6 @@ def init_head_weights(module: nn.Module) -> None:
     elif isinstance(module, RandomFeaturesHead):
         init.normal_(module.frequencies)
         init.zeros_(module.log_weights)
-
-
-def _linear(layer: nn.Linear, inputs: Tensor) -> Tensor:
-    """Apply a linear layer in float32, whatever its weights were cast to."""
-    return nn.functional.linear(inputs, layer.weight.float(), layer.bias.float())
-
-
-def _layer_norm(layer: nn.LayerNorm, inputs: Tensor) -> Tensor:
-    """Apply a layer norm in float32, whatever its weights were cast to."""
-    return nn.functional.layer_norm(inputs, layer.normalized_shape, layer.weight.float(), layer.bias.float(), layer.eps)
 
 
 def _log_mean_exp(logits: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .architectures_amorlip import WITHOUT_GRADIENT, require_encoder
 from .configuration_amorlip import AmorLIPConfig
 from .resnet_amorlip import AmorLIPResNetModel
 
@@ -33,9 +34,23 @@ ENCODERS = {
 }
 
 
+class NoPooler(nn.Module):
+    """In the place of a pooler that is not used: some encoders call theirs without asking whether there is one."""
+
+    def forward(self, *args, **kwargs) -> None:
+        return None
+
+
 def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
-    """Build the `"vision"` or `"text"` encoder of a model with fresh weights, in the default dtype."""
+    """Build the `"vision"` or `"text"` encoder of a model with fresh weights, in the default dtype.
+
+    Raises:
+        ValueError: the architecture cannot be a tower; the message names it.
+    """
     config, pooling = getattr(config, f"{side}_config"), getattr(config, f"{side}_pooling")
+    require_encoder(config, side, ENCODERS)
+    if getattr(config, "use_cache", False):  # of keys and values for generation, which nothing would read
+        config.use_cache = False
     if config.dtype is not None:  # remembered from a checkpoint that the configuration came with
         config.dtype = torch.get_default_dtype()
     model_class = _encoder_class(config)
@@ -45,7 +60,10 @@ def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
     # masked pretraining puts in the place of patches.
     pooler = getattr(encoder, "pooler", None)
     if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
-        encoder.pooler = None
+        encoder.pooler = NoPooler()
+    for name, parameter in encoder.named_parameters():
+        if any(part in name for part in WITHOUT_GRADIENT):
+            parameter.requires_grad_(False)
     for module in encoder.modules():
         if isinstance(token := getattr(module, "mask_token", None), nn.Parameter):
             del module.mask_token
@@ -71,6 +89,10 @@ def pooled_size(config: AmorLIPConfig, side: str) -> int:
     config, pooling = getattr(config, f"{side}_config"), getattr(config, f"{side}_pooling")
     if pooling == "pooler" and hasattr(config, "projection_size"):  # SigLIP's texts
         return config.projection_size
+    if pooling == "pooler" and config.model_type == "mobilevit":
+        return config.neck_hidden_sizes[-1]
+    if config.model_type == "embedding_gemma2_text":
+        return config.embedding_dim
     if hasattr(config, "hidden_sizes"):
         return config.hidden_sizes[-1]
     if not hasattr(config, "hidden_size"):
@@ -163,7 +185,7 @@ def pool(
     if pooling == "pooler":
         if (pooled := outputs.get("pooler_output")) is None:
             raise ValueError("The encoder gives no pooler_output: set its pooling to 'cls', 'mean', 'eos' or 'last'.")
-        return pooled.flatten(1)  # some encoders pool to [N, C, 1, 1]
+        return pooled if pooled.ndim == 2 else pooled.flatten(2).mean(-1)  # some pool to [N, C, 1, 1] or [N, C, 2, 2]
     hidden = outputs.last_hidden_state
     if hidden.ndim != 3:
         if pooling == "mean":

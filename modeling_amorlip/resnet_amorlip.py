@@ -7,12 +7,12 @@ are named as in CLIP's and OpenCLIP's checkpoints, without their prefix `visual.
 from __future__ import annotations
 
 import contextlib
-import itertools
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_amorlip import AmorLIPResNetConfig
@@ -22,7 +22,7 @@ class AmorLIPResNetLastNorm(nn.BatchNorm2d):
     """The last norm of a block. Its gain starts at 0, so that blocks start as the identity."""
 
 
-class AmorLIPResNetBlock(nn.Module):
+class AmorLIPResNetBlock(GradientCheckpointingLayer):
     """A bottleneck block: [N, in_channels, H, W] -> [N, 4 channels, H / stride, W / stride]."""
 
     def __init__(self, in_channels: int, channels: int, stride: int):
@@ -41,10 +41,17 @@ class AmorLIPResNetBlock(nn.Module):
             )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        shortcut = hidden if self.downsample is None else self.downsample(self.avgpool(hidden))
-        hidden = self.bn1(self.conv1(hidden)).relu()
-        hidden = self.bn2(self.conv2(hidden)).relu()
-        return (self.bn3(self.conv3(self.avgpool(hidden))) + shortcut).relu()
+        with frozen_statistics(self) if _is_recomputation() else contextlib.nullcontext():
+            shortcut = hidden if self.downsample is None else self.downsample(self.avgpool(hidden))
+            hidden = self.bn1(self.conv1(hidden)).relu()
+            hidden = self.bn2(self.conv2(hidden)).relu()
+            return (self.bn3(self.conv3(self.avgpool(hidden))) + shortcut).relu()
+
+
+def _is_recomputation() -> bool:
+    """Return whether this forward pass runs inside a backward pass, as gradient checkpointing makes it."""
+    # What torch.compile recomputes has no side effects.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 @contextlib.contextmanager
@@ -115,7 +122,6 @@ class AmorLIPResNetModel(PreTrainedModel):
                 in_channels = 4 * channels
             self.add_module(f"layer{index + 1}", nn.ModuleList(blocks))
         self.attnpool = AmorLIPResNetAttentionPool(config)
-        self.gradient_checkpointing = False
         self.post_init()
 
     def forward(
@@ -140,10 +146,9 @@ class AmorLIPResNetModel(PreTrainedModel):
         hidden = self.bn2(self.conv2(hidden)).relu()
         hidden = self.avgpool(self.bn3(self.conv3(hidden)).relu())
         states = [hidden]
-        checkpointing = self.gradient_checkpointing and self.training
         for stage in ("layer1", "layer2", "layer3", "layer4"):
             for block in self.get_submodule(stage).children():
-                hidden = self._checkpointed(block, hidden) if checkpointing else block(hidden)
+                hidden = block(hidden)
                 states.append(hidden)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -153,17 +158,6 @@ class AmorLIPResNetModel(PreTrainedModel):
             hidden_states=tuple(states) if output_hidden_states else None,
         )
         return outputs.to_tuple() if return_dict is False else outputs
-
-    def _checkpointed(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # which recomputes without side effects
-            return self._gradient_checkpointing_func(block, hidden)
-        passes = itertools.count()
-
-        def run(hidden: Tensor) -> Tensor:
-            with frozen_statistics(block) if next(passes) else contextlib.nullcontext():
-                return block(hidden)
-
-        return self._gradient_checkpointing_func(run, hidden)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
