@@ -258,6 +258,9 @@ class OptimizationConfig:
     )
     decay_steps: int = setting(0, "Steps of the linear decay to 0 at the end, with wsd.", ge=0)
     max_grad_norm: float = setting(1.0, "Norm that gradients are clipped to; 0 turns clipping off.", ge=0)
+    ema_decay: float = setting(
+        0.0, "Decay rate per step of a moving average of the weights, saved in ema/; 0 keeps none.", ge=0, lt=1
+    )
     max_skipped_steps: int = setting(
         20, "Number of consecutive steps skipped for non-finite gradients after which the run stops.", ge=1
     )

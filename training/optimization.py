@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from training.config import OptimizationConfig
 
@@ -80,6 +82,16 @@ def constrain_logit_scale_(
         slowed = previous + (log_scale - previous) / 3
         log_scale.copy_(torch.where(previous >= math.log(slow_above), slowed, log_scale))
     log_scale.clamp_(max=math.log(max_logit_scale))
+
+
+def clip_gradients(
+    accelerator: Accelerator, optimizer: AcceleratedOptimizer, parameters: list[nn.Parameter], max_norm: float
+) -> Tensor:
+    """Scale gradients so that their l2 norm is at most `max_norm` (0: any), and return the norm [] before."""
+    if accelerator.scaler is not None and optimizer not in accelerator._optimizers:
+        accelerator.unscale_gradients(optimizer)  # Accelerate unscales those that it has prepared
+    norm = accelerator.clip_grad_norm_(parameters, max_norm or float("inf"))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @torch.no_grad()
@@ -166,5 +178,15 @@ def _group_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 @torch.no_grad()
 def _norm(tensors: Iterable[Tensor]) -> Tensor:
     """Return the l2 norm [] of all tensors together, read one after the other."""
-    norms = [tensor.float().norm() for tensor in tensors]
-    return torch.stack(norms).norm() if norms else torch.zeros(())
+    whole, squares, group = [], [], None
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            squares.append(tensor.to_local().float().norm().square())
+            group = tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)  # the processes that share a model
+        else:
+            whole.append(tensor.float().norm())
+    if squares:
+        square = torch.stack(squares).sum()
+        dist.all_reduce(square, group=group)
+        whole.append(square.sqrt())
+    return torch.stack(whole).norm() if whole else torch.zeros(())

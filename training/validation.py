@@ -11,18 +11,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from transformers import ProcessorMixin
 
 from eval.data import find_data
 from eval.report import Evaluation, TaskResult, print_table, read_evaluations
 from eval.runner import EvaluationOptions, ProcessShard, evaluate_task
 from eval.tasks import ROOT, Task
-from modeling_amorlip import AmorLIPConfig, AmorLIPModel
+from modeling_amorlip import AmorLIPConfig
 from training.config import AugmentationConfig, PretrainConfig
 from training.data.collate import Collator
 from training.data.dataset import PairDataset
 from training.data.mixture import Mixture
+from training.model.construction import TrainingModel
 from training.model.encoder import EncoderWithObjective, PairEmbeddings, PairEncoder
+from training.model.whole_models import WholeModel
 from training.objectives.clip import CLIPObjective
 from training.run.run_logger import RunLogger
 
@@ -101,9 +102,6 @@ class Evaluator:
         config: settings of the run.
         accelerator: processes, devices and precision.
         logger: logs of the run; `eval` holds the evaluations.
-        model: the model.
-        processor: its processor.
-        encoder: the model as training sees it.
         tasks: evaluation tasks; the main metric of the first one decides which model is the best.
         validation_loader: the held-out pairs; None without any.
     """
@@ -111,29 +109,27 @@ class Evaluator:
     config: PretrainConfig
     accelerator: Accelerator
     logger: RunLogger
-    model: AmorLIPModel
-    processor: ProcessorMixin
-    encoder: PairEncoder
     tasks: list[Task]
     validation_loader: DataLoader | None
 
-    def evaluate(self, step: int, sheet_folder: Path | None = None) -> Evaluation:
+    def evaluate(self, whole: WholeModel, step: int, sheet_folder: Path | None = None) -> Evaluation:
         """Compute the validation loss and evaluate the tasks, over all processes and in the precision of training.
 
         Args:
+            whole: the model.
             step: steps that the model has been trained for.
             sheet_folder: where to draw a contact sheet per task; None draws none.
         """
         evaluation = Evaluation(step, results=[])
         if self.validation_loader is not None:
-            evaluation.validation_loss = validation_loss(self.accelerator, self.encoder, self.validation_loader)
-        evaluation.results = [self._evaluate_task(task, sheet_folder) for task in self.tasks]
+            evaluation.validation_loss = validation_loss(self.accelerator, whole.encoder, self.validation_loader)
+        evaluation.results = [self._evaluate_task(whole.built, task, sheet_folder) for task in self.tasks]
         return evaluation
 
-    def _evaluate_task(self, task: Task, sheet_folder: Path | None) -> TaskResult:
+    def _evaluate_task(self, built: TrainingModel, task: Task, sheet_folder: Path | None) -> TaskResult:
         return evaluate_task(
-            self.model,
-            self.processor,
+            built.model,
+            built.processor,
             task,
             task_data_dir(self.config),
             share=ProcessShard(self.accelerator.process_index, self.accelerator.num_processes),
@@ -149,15 +145,18 @@ class Evaluator:
         earlier = [line.results[0].value for line in self._reported() if line.results]
         return all(evaluation.results[0].value > value for value in earlier)
 
-    def report(self, evaluation: Evaluation) -> None:
-        """Print an evaluation and add it to the log, if there was something to evaluate."""
-        line: dict[str, Any] = {"step": evaluation.step}
-        if evaluation.validation_loss is not None:
-            print(f"validation loss {evaluation.validation_loss:.4f} at step {evaluation.step}")
-            line["validation_loss"] = evaluation.validation_loss
-        if evaluation.results or len(line) > 1:
-            print_table(evaluation.results)
-            self.logger.append("eval", line | {"results": [result.to_dict() for result in evaluation.results]})
+    def report(self, evaluation: Evaluation, averaged: Evaluation | None = None) -> None:
+        """Print an evaluation and add it to the log, if there was something to evaluate.
+
+        Args:
+            evaluation: of the trained weights.
+            averaged: of their average, which the line holds under `ema`.
+        """
+        line: dict[str, Any] = {"step": evaluation.step, **_describe(evaluation)}
+        if averaged is not None:
+            line["ema"] = _describe(averaged, "average of the weights, ")
+        if evaluation.results or evaluation.validation_loss is not None:
+            self.logger.append("eval", line)
 
     def has_reported(self, step: int) -> bool:
         """Return whether the log holds an evaluation of a step."""
@@ -166,3 +165,16 @@ class Evaluator:
     def _reported(self) -> list[Evaluation]:
         path = self.logger.folder / "eval.jsonl"
         return read_evaluations(path) if path.exists() else []
+
+
+def _describe(evaluation: Evaluation, title: str = "") -> dict[str, Any]:
+    """Print an evaluation, and return it for the log."""
+    line: dict[str, Any] = {}
+    if evaluation.validation_loss is not None:
+        print(f"{title}validation loss {evaluation.validation_loss:.4f} at step {evaluation.step}")
+        line["validation_loss"] = evaluation.validation_loss
+    if title and evaluation.results:
+        print(f"{title}step {evaluation.step}")
+    if evaluation.results or line:
+        print_table(evaluation.results)
+    return line | {"results": [result.to_dict() for result in evaluation.results]}
