@@ -110,7 +110,7 @@ def distribute(
     """
     if sharding is None:
         return accelerator.prepare(module, make_optimizer(module, config))
-    shard_encoder(module.encoder, sharding, accelerator.device, accelerator.mixed_precision)
+    shard_encoder(module.encoder, sharding, accelerator.device)
     optimizer = AcceleratedOptimizer(make_optimizer(module, config), device_placement=False, scaler=accelerator.scaler)
     return AutocastModule(module, accelerator), optimizer
 

@@ -25,7 +25,7 @@ from training.data.mixture import Mixture
 from training.gradient_cache import cached_backward
 from training.model.construction import TrainingModel
 from training.model.encoder import EncoderWithObjective
-from training.model.whole_models import WholeModel, WholeModels
+from training.model.whole_models import WholeModels
 from training.optimization import (
     clip_gradients,
     constrain_logit_scale_,
@@ -48,7 +48,7 @@ from training.run.run_logger import RunLogger, flat
 from training.run.step_timer import StepTimer
 from training.run.train_state import TrainState
 from training.run.weights import TrainedWeights
-from training.validation import Evaluator
+from training.validation import Evaluator, write_model
 
 
 @dataclass
@@ -96,8 +96,8 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.model, self.processor = self.built.model, self.built.processor
         self.bad_samples = BadSampleLog(self.logger, config.max_bad_fraction, rank, self.accelerator.num_processes)
-        debug_folder, device = self.output_dir / "debug", self.accelerator.device
-        self.nonfinite = NonFiniteGuard(config, debug_folder, rank, self.state.skipped_steps, device)
+        debug, device = self.output_dir / "debug", self.accelerator.device
+        self.nonfinite = NonFiniteGuard(config, debug, rank, self.state.skipped_steps, device)
         self.loss_spikes = LossSpikeDetector(self.logger)
         self.timer = StepTimer()
         self._saved_step = self.state.step
@@ -237,16 +237,9 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         config = self.config
         self.state.skipped_steps = int(self.nonfinite.skipped.item())
+        keep = (config.keep_last, config.keep_every)
         with self.timer.paused():
-            save_checkpoint(
-                self.accelerator,
-                self.weights,
-                self.output_dir,
-                self.state,
-                self.processor,
-                config.keep_last,
-                config.keep_every,
-            )
+            save_checkpoint(self.accelerator, self.weights, self.output_dir, self.state, self.processor, *keep)
         self._saved_step = self.state.step
 
     def save_model(self, folder: Path | None = None) -> None:
@@ -258,18 +251,11 @@ class Trainer:
         Raises:
             UserError: the folder cannot be written.
         """
-        folder = folder or self.output_dir
-        with self.models.current() as whole:
-            self._write_model(whole, folder)
-        if self.weights.average is not None:
-            with self.models.averaged() as whole:
-                self._write_model(whole, folder / "ema")
+        for name, whole_model in self.models.variants().items():
+            with whole_model() as whole:
+                if self.accelerator.is_main_process:
+                    write_model(whole, (folder or self.output_dir) / name, self.output_dir)
         self.accelerator.wait_for_everyone()
-
-    def _write_model(self, whole: WholeModel, folder: Path) -> None:
-        if self.accelerator.is_main_process:
-            with explain_write_errors("The model", self.output_dir):
-                whole.built.save(folder)
 
     def _finish(self) -> None:
         """Save and evaluate the finished model, join the logs, and publish."""
@@ -292,17 +278,7 @@ class Trainer:
         Args:
             is_final: whether to draw contact sheets as well.
         """
-        step, averaged = self.state.step, None
-        with explain_write_errors("Contact sheets", self.output_dir, errors=(OSError,)):
-            with self.models.current() as whole:
-                evaluation = self.evaluator.evaluate(whole, step, self.output_dir if is_final else None)
-                if self.accelerator.is_main_process and self.evaluator.is_best(evaluation):
-                    self._write_model(whole, self.output_dir / "best")
-            if self.weights.average is not None:
-                with self.models.averaged() as whole:
-                    averaged = self.evaluator.evaluate(whole, step)
-        if self.accelerator.is_main_process:
-            self.evaluator.report(evaluation, averaged)
+        self.evaluator.evaluate(self.models, self.state.step, is_final)
         self.wrapped.train()
         self.accelerator.wait_for_everyone()
         self.timer.restart()

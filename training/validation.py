@@ -23,8 +23,9 @@ from training.data.dataset import PairDataset
 from training.data.mixture import Mixture
 from training.model.construction import TrainingModel
 from training.model.encoder import EncoderWithObjective, PairEmbeddings, PairEncoder
-from training.model.whole_models import WholeModel
+from training.model.whole_models import WholeModel, WholeModels
 from training.objectives.clip import CLIPObjective
+from training.run.checkpointing import explain_write_errors
 from training.run.run_logger import RunLogger
 
 
@@ -94,6 +95,16 @@ def check_task_data(tasks: list[Task], data_dir: Path) -> None:
         find_data(task, data_dir)
 
 
+def write_model(whole: WholeModel, folder: Path, output_dir: Path) -> None:
+    """Save a model and its processor in a folder.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with explain_write_errors("The model", output_dir):
+        whole.built.save(folder)
+
+
 @dataclass
 class Evaluator:
     """Evaluate a model while it is trained.
@@ -112,14 +123,29 @@ class Evaluator:
     tasks: list[Task]
     validation_loader: DataLoader | None
 
-    def evaluate(self, whole: WholeModel, step: int, sheet_folder: Path | None = None) -> Evaluation:
-        """Compute the validation loss and evaluate the tasks, over all processes and in the precision of training.
+    def evaluate(self, models: WholeModels, step: int, is_final: bool = False) -> None:
+        """Evaluate the model and the average of its weights; report it, and keep the best model in `best/`.
+
+        All processes take part, in the precision of training.
 
         Args:
-            whole: the model.
+            models: the model and its average.
             step: steps that the model has been trained for.
-            sheet_folder: where to draw a contact sheet per task; None draws none.
+            is_final: whether to draw a contact sheet per task as well.
         """
+        output_dir, is_main = Path(self.config.output_dir), self.accelerator.is_main_process
+        evaluations = {}
+        for name, whole_model in models.variants().items():
+            with whole_model() as whole, explain_write_errors("Contact sheets", output_dir, errors=(OSError,)):
+                sheet_folder = output_dir if is_final and not name else None
+                evaluations[name] = self._evaluate_model(whole, step, sheet_folder)
+                if is_main and not name and self.is_best(evaluations[name]):
+                    write_model(whole, output_dir / "best", output_dir)
+        if is_main:
+            self.report(evaluations[""], evaluations.get("ema"))
+
+    def _evaluate_model(self, whole: WholeModel, step: int, sheet_folder: Path | None) -> Evaluation:
+        """Compute the validation loss and evaluate the tasks; draw a contact sheet per task in the folder, if any."""
         evaluation = Evaluation(step, results=[])
         if self.validation_loader is not None:
             evaluation.validation_loss = validation_loss(self.accelerator, whole.encoder, self.validation_loader)

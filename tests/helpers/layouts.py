@@ -57,7 +57,7 @@ def train(accelerator, name, settings, amortizer_config, micro_batch_size, negat
     objective = cls(config, cls.Arguments(**settings), negatives, num_samples=3 * N)
     module = EncoderWithObjective(PairEncoder(model, [0.5] * 3, [0.5] * 3), objective)
     if sharding is not None:
-        shard_encoder(module.encoder, sharding, accelerator.device, "no")
+        shard_encoder(module.encoder, sharding, accelerator.device)
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
     wrapped, optimizer = accelerator.prepare(module, optimizer) if sharding is None else (module, optimizer)
     share = N // accelerator.num_processes

@@ -1,7 +1,9 @@
 """Train objectives with whole and with sharded models, and save how far apart they end. Run by test_sharding.py:
 
-torchrun --standalone --nproc_per_node 2 tests/helpers/sharded_layouts.py OUTPUT all
+torchrun --standalone --nproc_per_node 2 tests/helpers/sharded_layouts.py OUTPUT
 """
+
+from __future__ import annotations
 
 import sys
 from pathlib import Path
@@ -16,8 +18,23 @@ from tests.helpers.layouts import CASES, N, train
 from training.run.sharding import ShardingSettings
 
 
-FEW = [case for case in CASES if case[0] in ("clip", "siglip", "neuclip")][:3] + CASES[:1]
+FEW = [("siglip", {}, {}), ("amorlip", {"recent_pairs": 24}, {})]
 """Cases that CI tries; the slow test tries all."""
+
+
+def compare(accelerator: Accelerator, cases: list[tuple], settings: dict[str, ShardingSettings]) -> dict[str, dict]:
+    """Train every case whole and sharded; return the largest error and each process's share of the bytes."""
+    processes, report = accelerator.num_processes, {}
+    for case in cases:
+        for micro_batch_size in (0, 3 if N // processes > 3 else 1):
+            expected, whole_bytes = train(accelerator, *case, micro_batch_size)
+            for name, sharding in settings.items():
+                result, local_bytes = train(accelerator, *case, micro_batch_size, sharding=sharding)
+                share = local_bytes / (whole_bytes / (processes // sharding.replicas))
+                shares = accelerator.gather(torch.tensor([share])).tolist()
+                error = largest_error(result, expected)
+                report[f"{case} micro {micro_batch_size} {name}"] = {"error": error, "shares": shares}
+    return report
 
 
 def largest_error(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -32,28 +49,17 @@ def largest_error(result: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     return max(errors)
 
 
-def main(output: str, which: str) -> None:
+def main(output: str) -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
-    processes = accelerator.num_processes
-    settings = {"usual": ShardingSettings()}
-    if which == "all":
-        settings["no reshard"] = ShardingSettings(reshard_after_forward=False)
-        settings["named layers"] = ShardingSettings(layer_classes=("CLIPEncoderLayer",))
-    if processes == 4:
+    report = compare(accelerator, CASES, {"usual": ShardingSettings()})
+    settings = {
+        "gathered once": ShardingSettings(reshard_after_forward=False),
+        "named layers": ShardingSettings(layer_classes=("CLIPEncoderLayer",)),
+    }
+    if accelerator.num_processes == 4:
         settings["hybrid"] = ShardingSettings(replicas=2)
-    report = {}
-    for number, case in enumerate(CASES if which == "all" else FEW):
-        for micro_batch_size in (0, 3 if N // processes > 3 else 1):
-            expected, whole_bytes = train(accelerator, *case, micro_batch_size)
-            for name, sharding in settings.items():
-                if name != "usual" and number > 2:
-                    continue
-                result, local_bytes = train(accelerator, *case, micro_batch_size, sharding=sharding)
-                share = local_bytes / (whole_bytes / (processes // sharding.replicas))
-                shares = accelerator.gather(torch.tensor([share])).tolist()
-                error = largest_error(result, expected)
-                report[f"{case} micro {micro_batch_size} {name}"] = {"error": error, "shares": shares}
+    report |= compare(accelerator, FEW, settings)
     if accelerator.is_main_process:
         torch.save(report, output)
     accelerator.end_training()

@@ -38,6 +38,10 @@ class WeightAverage:
         for name, current in self._current.items():
             self.tensors[name].copy_(current)
 
+    def buffers(self) -> list[Tensor]:
+        """Return the averages of running statistics."""
+        return [self.tensors[name] for name, current in self._current.items() if not isinstance(current, nn.Parameter)]
+
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
         """Give the model its average for the length of a block, without copying; not for a sharded model."""

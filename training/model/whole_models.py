@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from training.model.construction import TrainingModel
 from training.model.encoder import EncoderWithObjective, PairEncoder
 from training.model.weight_average import WeightAverage
-from training.run.sharded_state import gather_tensors, gather_weights
+from training.run.sharded_state import broadcast_whole, gather_tensors, gather_weights
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,14 @@ class WholeModels:
         self._built, self._module, self._empty = built, module, empty
         self.average = average
 
+    def variants(self) -> Mapping[str, Callable[[], contextlib.AbstractContextManager[WholeModel]]]:
+        """Return what provides each whole model, by the name of its folder in `output_dir`; "" is the root."""
+        return {"": self.current} if self.average is None else {"": self.current, "ema": self.averaged}
+
     @contextlib.contextmanager
     def current(self) -> Iterator[WholeModel]:
         """Provide the trained weights. All processes must call this."""
+        broadcast_whole(self._module.encoder.buffers())  # each process has updated running statistics by itself
         if self._empty is None:
             self._load_amortizer(self._built)
             yield WholeModel(self._built, self._module.encoder)
@@ -62,6 +67,7 @@ class WholeModels:
     def averaged(self) -> Iterator[WholeModel]:
         """Provide the average of the weights. All processes must call this."""
         assert self.average is not None
+        broadcast_whole(self.average.buffers())
         if self._empty is None:
             with self.average.swapped(), self.current() as whole:
                 yield whole

@@ -5,6 +5,7 @@ The folders have the names that Accelerate gives them, so `accelerate merge-weig
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from modeling_amorlip.distributed_amorlip import world_size
+
 
 MODEL_FOLDER, OPTIMIZER_FOLDER, AVERAGE_FOLDER = "pytorch_model_fsdp_0", "optimizer_0", "average"
 
 
 def save_sharded(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write this process's part of a module and its optimizer. All processes must call this."""
-    broadcast_buffers(module)
+    broadcast_whole(module.buffers())
     model_state, optimizer_state = get_state_dict(module, optimizer)
     dcp.save({"model": model_state}, checkpoint_id=folder / MODEL_FOLDER)
     dcp.save({"optimizer": optimizer_state}, checkpoint_id=folder / OPTIMIZER_FOLDER)
@@ -49,6 +52,7 @@ def load_sharded(folder: Path, module: nn.Module, optimizer: torch.optim.Optimiz
 
 def save_sharded_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write this process's part of the average of the weights. All processes must call this."""
+    broadcast_whole(tensors.values())
     dcp.save({"average": tensors}, checkpoint_id=folder / AVERAGE_FOLDER)
 
 
@@ -77,15 +81,15 @@ def shard_like(value: Any, parameter: Tensor) -> Any:
     return value
 
 
-def broadcast_buffers(module: nn.Module) -> None:
-    """Give all processes the running statistics of the first one, as DDP does before every step."""
-    for buffer in module.buffers():
-        dist.broadcast(buffer, 0)
+def broadcast_whole(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the first one's values of those tensors that are not sharded, such as running statistics."""
+    for tensor in tensors:
+        if world_size() > 1 and not isinstance(tensor, DTensor):
+            dist.broadcast(tensor.detach(), 0)
 
 
 def gather_weights(module: nn.Module) -> dict[str, Tensor]:
     """Return the whole weights and buffers of a sharded module, in every process."""
-    broadcast_buffers(module)
     weights: dict[str, Any] = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
     return weights
 

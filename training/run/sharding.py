@@ -11,15 +11,13 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.distributed_amorlip import all_reduce_mean_, world_size
 from training.model.encoder import PairEncoder
 
 
-LAYER_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Types that layers are gathered in, by the precision of training; others are gathered in float32."""
 REFUSED = {
     "FSDP_OFFLOAD_PARAMS": ("false", "fsdp_offload_params is not supported: leave it out"),
     "FSDP_ACTIVATION_CHECKPOINTING": ("false", "use --gradient_checkpointing true for fsdp_activation_checkpointing"),
@@ -34,11 +32,14 @@ REFUSED = {
         "it out",
     ),
     "FSDP_IGNORED_MODULES": ("", "every module is sharded: leave fsdp_ignored_modules out"),
-    "PARALLELISM_CONFIG_TP_SIZE": ("1", "tensor parallelism is not supported: leave it out"),
-    "PARALLELISM_CONFIG_CP_SIZE": ("1", "context parallelism is not supported: leave it out"),
-    "PARALLELISM_CONFIG_SP_SIZE": ("1", "sequence parallelism is not supported: leave it out"),
 }
 """Accelerate's settings that have one possible value, with the message for another."""
+PARALLELISMS = {
+    "PARALLELISM_CONFIG_TP_SIZE": "tensor",
+    "PARALLELISM_CONFIG_CP_SIZE": "context",
+    "PARALLELISM_CONFIG_SP_SIZE": "sequence",
+}
+"""Kinds of parallelism that Accelerate offers besides, by the variable with their number of processes."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ def take_sharding_settings(environ: MutableMapping[str, str]) -> ShardingSetting
                 "training/accelerate_configs/fsdp2.yaml, which shards parameters and optimizer states as well."
             )
     uses_parallelism = _is_on(environ.pop("ACCELERATE_USE_PARALLELISM_CONFIG", None))
+    for name, kind in PARALLELISMS.items():
+        if uses_parallelism and environ.get(name, "1") != "1":
+            raise UserError(f"Accelerate is set up for {kind} parallelism, which is not supported: leave it out.")
     if not _is_on(environ.pop("ACCELERATE_USE_FSDP", None)):
         return None
     version = environ.get("FSDP_VERSION", "1")
@@ -97,17 +101,17 @@ def _is_on(value: str | None) -> bool:
     return (value or "").lower() in ("true", "1", "yes")
 
 
-def shard_encoder(encoder: PairEncoder, settings: ShardingSettings, device: torch.device, precision: str) -> None:
-    """Shard an encoder in place: each layer is gathered when it is needed, in the type that it computes in.
+def shard_encoder(encoder: PairEncoder, settings: ShardingSettings, device: torch.device) -> None:
+    """Shard an encoder in place: each layer is a unit, the heads are one, and the rest is one.
 
-    Embeddings, projections and heads are gathered in float32. Scalars (logit scale and bias) cannot be sharded: every
-    process holds them, and their gradients are averaged. Gradients are reduced in float32.
+    Parameters are gathered and gradients are reduced in float32, so that mixed precision, which is autocast's, computes
+    as with a whole model. Scalars (logit scale and bias) cannot be sharded: every process holds them, and their
+    gradients are averaged.
 
     Args:
         encoder: the encoder, whose weights are those of the first process afterwards.
         settings: what is sharded.
         device: device of training.
-        precision: precision of training, "no", "bf16" or "fp16".
 
     Raises:
         UserError: the settings do not fit the model or the number of processes.
@@ -117,13 +121,11 @@ def shard_encoder(encoder: PairEncoder, settings: ShardingSettings, device: torc
     for tensor in (*encoder.parameters(), *encoder.buffers()):
         dist.broadcast(tensor.detach(), 0)
     scalars = {parameter for parameter in encoder.parameters() if parameter.ndim == 0}
-    in_float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    in_half = MixedPrecisionPolicy(LAYER_DTYPES.get(precision), torch.float32, cast_forward_inputs=False)
-    for layer in find_layers(encoder, settings.layer_classes):
-        fully_shard(layer, mesh=mesh, reshard_after_forward=settings.reshard_after_forward, mp_policy=in_half)
-    if any(True for _ in encoder.model.amortizer.parameters()):
-        fully_shard(encoder.model.amortizer, mesh=mesh, mp_policy=in_float32)
-    fully_shard(encoder, mesh=mesh, ignored_params=scalars, mp_policy=in_float32)
+    units = [*find_layers(encoder, settings.layer_classes), encoder.model.amortizer]
+    for unit in units:
+        if any(True for _ in unit.parameters()):
+            fully_shard(unit, mesh=mesh, reshard_after_forward=settings.reshard_after_forward)
+    fully_shard(encoder, mesh=mesh, ignored_params=scalars)
     for scalar in scalars:
         if scalar.requires_grad:
             scalar.register_post_accumulate_grad_hook(average_gradient)
