@@ -28,7 +28,7 @@ from training.model.encoder import EncoderWithObjective, PairEncoder
 from training.model.weight_average import WeightAverage
 from training.model.whole_models import WholeModels, copy_without_weights
 from training.objectives import OBJECTIVES, ContrastiveObjective
-from training.optimization import make_optimizer
+from training.optimizers import make_optimizer
 from training.run.checkpointing import find_checkpoint, load_checkpoint, read_train_state
 from training.run.flops import FlopMeter
 from training.run.processes import build_accelerator, check_same_data, vary_random_state

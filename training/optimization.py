@@ -1,4 +1,4 @@
-"""AdamW with CLIP's parameter groups, a learning rate that is a function of the step, and norms to log."""
+"""A learning rate that is a function of the step, steps that can be skipped, and norms to log."""
 
 from __future__ import annotations
 
@@ -13,31 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from training.config import OptimizationConfig
-
-
-def make_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trained parameters.
-
-    Weight decay applies to matrices only, not to biases, norms and the logit scale, which has its own learning rate.
-    """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    scale = [p for name, p in named if name.endswith("logit_scale")]
-    others = [p for name, p in named if not name.endswith("logit_scale")]
-    groups = [
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
-        {"params": scale, "weight_decay": 0.0, "lr": config.logit_scale_learning_rate},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,  # one kernel for all parameters, which can also skip a step without asking the host
-    )
-    for group in optimizer.param_groups:
-        group["peak_lr"] = group["lr"]
-    return optimizer
 
 
 def set_learning_rates(
@@ -96,9 +71,9 @@ def clip_gradients(
 
 @torch.no_grad()
 def step_if_finite(accelerator: Accelerator, optimizer: AcceleratedOptimizer, grad_norm: Tensor) -> Tensor:
-    """Take a step of a fused optimizer and clear the gradients; non-finite gradients change nothing.
+    """Take a step and clear the gradients; non-finite gradients change nothing.
 
-    Without a loss scaler, nothing is read back to the host.
+    Nothing is read back to the host with a fused optimizer and no loss scaler.
 
     Args:
         accelerator: holds the loss scaler, if any.
@@ -110,8 +85,11 @@ def step_if_finite(accelerator: Accelerator, optimizer: AcceleratedOptimizer, gr
     """
     if accelerator.scaler is None:
         skipped = (~grad_norm.isfinite()).float()
-        optimizer.optimizer.found_inf = skipped  # read by the fused kernel
-        optimizer.step()
+        if optimizer.optimizer.defaults.get("fused"):
+            optimizer.optimizer.found_inf = skipped  # read by the fused kernel
+            optimizer.step()
+        elif not skipped.item():
+            optimizer.step()
     else:  # the scaler checks the gradients itself
         optimizer.step()
         skipped = torch.tensor(float(optimizer.step_was_skipped), device=accelerator.device)
@@ -130,8 +108,10 @@ def parameter_norms(model: nn.Module) -> dict[str, Tensor]:
     return {f"parameter/{name}": _norm(group) for name, group in _group_parameters(model).items()}
 
 
-def update_norms(model: nn.Module, optimizer: torch.optim.AdamW, skipped: Tensor) -> dict[str, Tensor]:
+def update_norms(model: nn.Module, optimizer: torch.optim.Optimizer, skipped: Tensor) -> dict[str, Tensor]:
     """Return the l2 norms [] of what AdamW's last step added to the parameters, as `update/vision` and so on.
+
+    There are none for other optimizers.
 
     Updates are computed again from the optimizer's state, one parameter at a time: keeping the previous parameters
     would take a copy of the model.
@@ -141,6 +121,8 @@ def update_norms(model: nn.Module, optimizer: torch.optim.AdamW, skipped: Tensor
         optimizer: its optimizer, just after a step.
         skipped: [], 1 if that step was skipped, else 0.
     """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return {}
     options = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     norms = {
         name: _norm(_adamw_update(optimizer, options[id(p)], p) for p in group)

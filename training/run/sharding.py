@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.distributed_amorlip import all_reduce_mean_, world_size
-from training.model.encoder import PairEncoder
+from training.model.encoder import PairEncoder, list_layers
 
 
 REFUSED = {
@@ -165,27 +165,16 @@ def find_layers(encoder: PairEncoder, class_names: tuple[str, ...] = ()) -> list
     """
     towers = (encoder.model.vision_model, encoder.model.text_model)
     if not class_names:
-        return [layer for tower in towers for layer in _list_elements(tower)]
+        return [layer for tower in towers for layer in list_layers(tower)]
     modules = [module for tower in towers for module in tower.modules()]
     for name in class_names:
         if not any(type(module).__name__ == name for module in modules):
-            layers = sorted({type(layer).__name__ for tower in towers for layer in _list_elements(tower)})
+            layers = sorted({type(layer).__name__ for tower in towers for layer in list_layers(tower)})
             raise UserError(
                 f"Accelerate's fsdp_transformer_layer_cls_to_wrap names {name}, which this model does not have: name "
                 f"{', '.join(layers)}, or leave it out."
             )
     return [module for module in modules if type(module).__name__ in class_names]
-
-
-def _list_elements(tower: nn.Module) -> list[nn.Module]:
-    """Return the elements of a tower's module lists that hold parameters, but no further module list."""
-    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
-    return [
-        element
-        for elements in lists
-        for element in elements
-        if any(True for _ in element.parameters()) and not any(isinstance(m, nn.ModuleList) for m in element.modules())
-    ]
 
 
 class AutocastModule(nn.Module):
