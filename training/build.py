@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
@@ -23,14 +26,18 @@ from training.data.mixture import Mixture, open_pairs
 from training.data.order import ORDER_VERSION, EpochOrder, PairSampler
 from training.model.construction import TrainingModel, build_model
 from training.model.encoder import EncoderWithObjective, PairEncoder
+from training.model.weight_average import WeightAverage
+from training.model.whole_models import WholeModels, copy_without_weights
 from training.objectives import OBJECTIVES, ContrastiveObjective
-from training.optimization import make_optimizer
+from training.optimizers import make_optimizer
 from training.run.checkpointing import find_checkpoint, load_checkpoint, read_train_state
 from training.run.flops import FlopMeter
 from training.run.processes import build_accelerator, check_same_data, vary_random_state
 from training.run.resume_settings import check_resumed_config
 from training.run.run_logger import RunLogger, read_run_config
+from training.run.sharding import AutocastModule, ShardingSettings, shard_encoder, take_sharding_settings
 from training.run.train_state import TrainState
+from training.run.weights import TrainedWeights
 from training.trainer import Trainer
 from training.validation import Evaluator, check_task_data, held_out, make_validation_loader, task_data_dir
 
@@ -52,22 +59,26 @@ def build_trainer(config: PretrainConfig) -> Trainer:
     config, objective_settings = resolve_objective(config)
     check_settings(config, checkpoint)
     tasks = [load_task(name) for name in config.eval_tasks]
+    sharding = take_sharding_settings(os.environ)
     accelerator = build_accelerator(config)
     set_seed(config.seed)
     pairs = open_data(config, accelerator, tasks)
     built = build_model(config, accelerator, pairs, checkpoint)
     sampler = build_sampler(config, accelerator, pairs)
     total_steps = count_steps(config, sampler.steps_per_epoch)
+    empty = copy_without_weights(built) if sharding and dist.is_initialized() else None
     # The encoder is joined with the objective before it is wrapped for distribution.
     encoder = build_encoder(built, config, accelerator)
     objective = build_objective(objective_settings, built, config, len(pairs)).to(accelerator.device)
     module = EncoderWithObjective(encoder, objective)
-    wrapped, optimizer = accelerator.prepare(module, make_optimizer(module, config))
+    flops = FlopMeter(built.model.to(accelerator.device), built.image_size, built.context, config.patch_dropout)
+    wrapped, optimizer = distribute(module, config, accelerator, None if empty is None else sharding)
     accelerator.register_for_checkpointing(objective)
     vary_random_state(config.seed, accelerator.process_index)
+    average = WeightAverage(built.model, config.ema_decay) if config.ema_decay else None
+    weights = TrainedWeights(module, optimizer.optimizer, average, sharded=empty is not None)
     dataloader, validation_loader = build_loaders(config, built, pairs, sampler)
     logger = RunLogger(Path(config.output_dir))
-    evaluator = Evaluator(config, accelerator, logger, built.model, built.processor, encoder, tasks, validation_loader)
     return Trainer(
         config=config,
         accelerator=accelerator,
@@ -76,14 +87,33 @@ def build_trainer(config: PretrainConfig) -> Trainer:
         module=module,
         wrapped=wrapped,
         optimizer=optimizer,
+        weights=weights,
+        models=WholeModels(built, module, average, empty),
         pairs=pairs,
         dataloader=dataloader,
-        evaluator=evaluator,
-        state=start_state(config, accelerator, sampler, len(pairs), checkpoint),
+        evaluator=Evaluator(config, accelerator, logger, tasks, validation_loader),
+        state=start_state(config, accelerator, weights, sampler, len(pairs), checkpoint),
         total_steps=total_steps,
-        flops=FlopMeter(built.model, built.image_size, built.context, config.patch_dropout),
+        flops=flops,
         checkpoint=checkpoint,
     )
+
+
+def distribute(
+    module: EncoderWithObjective, config: PretrainConfig, accelerator: Accelerator, sharding: ShardingSettings | None
+) -> tuple[nn.Module, AcceleratedOptimizer]:
+    """Return the module as it is called in training, and its optimizer.
+
+    Every process holds a whole model, unless there are settings to shard it.
+
+    Raises:
+        UserError: the model cannot be sharded as the settings say.
+    """
+    if sharding is None:
+        return accelerator.prepare(module, make_optimizer(module, config))
+    shard_encoder(module.encoder, sharding, accelerator.device)
+    optimizer = AcceleratedOptimizer(make_optimizer(module, config), device_placement=False, scaler=accelerator.scaler)
+    return AutocastModule(module, accelerator), optimizer
 
 
 def open_data(config: PretrainConfig, accelerator: Accelerator, tasks: list[Task]) -> Mixture:
@@ -100,7 +130,12 @@ def open_data(config: PretrainConfig, accelerator: Accelerator, tasks: list[Task
 
 
 def start_state(
-    config: PretrainConfig, accelerator: Accelerator, sampler: PairSampler, num_pairs: int, checkpoint: Path | None
+    config: PretrainConfig,
+    accelerator: Accelerator,
+    weights: TrainedWeights,
+    sampler: PairSampler,
+    num_pairs: int,
+    checkpoint: Path | None,
 ) -> TrainState:
     """Return the position of the run, after restoring everything else from its checkpoint, and move the sampler there.
 
@@ -121,7 +156,7 @@ def start_state(
                 f"train_data has {num_pairs} pairs, and had {saved_pairs} when {checkpoint} was written, which changes "
                 "the order of the pairs: restore the data, or allow the change with --override train_data."
             )
-        state = load_checkpoint(accelerator, checkpoint, state)
+        state = load_checkpoint(accelerator, weights, checkpoint, state)
         sampler.set_order_version(state.order_version)
     sampler.start_step = state.step
     return state

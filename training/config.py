@@ -242,13 +242,23 @@ class OptimizationConfig:
         "at once.",
         ge=0,
     )
-    learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.", gt=0)
+    optimizer: str = setting(
+        "adamw", "Optimizer: torch's by name, such as adamw or sgd, or timm's where it is installed."
+    )
+    optimizer_args: dict[str, Any] = setting({}, "Further options of the optimizer, such as momentum of sgd.")
+    learning_rate: float = setting(1e-3, "Peak learning rate of the optimizer.", gt=0)
+    layer_decay: float = setting(
+        1.0,
+        "Factor of the learning rate from each layer of an encoder to the one before it; 1 is the same for all.",
+        gt=0,
+        le=1,
+    )
     logit_scale_learning_rate: float = setting(1e-4, "Peak learning rate of the logit scale.", gt=0)
     logit_scale_slow_above: float | None = setting(
         None, "Logit scale above which its learning rate is divided by three; by default never.", gt=0
     )
     max_logit_scale: float = setting(100.0, "Upper bound of the logit scale.", gt=0)
-    weight_decay: float = setting(0.2, "Weight decay of AdamW, applied to matrices only.", ge=0)
+    weight_decay: float = setting(0.2, "Weight decay, applied to matrices only.", ge=0)
     adam_beta1: float = setting(0.9, "Decay rate of AdamW's first moment.", ge=0, lt=1)
     adam_beta2: float = setting(0.98, "Decay rate of AdamW's second moment.", ge=0, lt=1)
     adam_epsilon: float = setting(1e-6, "Constant in AdamW's denominator.", gt=0)
@@ -258,6 +268,9 @@ class OptimizationConfig:
     )
     decay_steps: int = setting(0, "Steps of the linear decay to 0 at the end, with wsd.", ge=0)
     max_grad_norm: float = setting(1.0, "Norm that gradients are clipped to; 0 turns clipping off.", ge=0)
+    ema_decay: float = setting(
+        0.0, "Decay rate per step of a moving average of the weights, saved in ema/; 0 keeps none.", ge=0, lt=1
+    )
     max_skipped_steps: int = setting(
         20, "Number of consecutive steps skipped for non-finite gradients after which the run stops.", ge=1
     )

@@ -1,4 +1,4 @@
-"""AdamW with CLIP's parameter groups, a learning rate that is a function of the step, and norms to log."""
+"""A learning rate that is a function of the step, steps that can be skipped, and norms to log."""
 
 from __future__ import annotations
 
@@ -6,36 +6,13 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from training.config import OptimizationConfig
-
-
-def make_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trained parameters.
-
-    Weight decay applies to matrices only, not to biases, norms and the logit scale, which has its own learning rate.
-    """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    scale = [p for name, p in named if name.endswith("logit_scale")]
-    others = [p for name, p in named if not name.endswith("logit_scale")]
-    groups = [
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
-        {"params": scale, "weight_decay": 0.0, "lr": config.logit_scale_learning_rate},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,  # one kernel for all parameters, which can also skip a step without asking the host
-    )
-    for group in optimizer.param_groups:
-        group["peak_lr"] = group["lr"]
-    return optimizer
 
 
 def set_learning_rates(
@@ -82,11 +59,21 @@ def constrain_logit_scale_(
     log_scale.clamp_(max=math.log(max_logit_scale))
 
 
+def clip_gradients(
+    accelerator: Accelerator, optimizer: AcceleratedOptimizer, parameters: list[nn.Parameter], max_norm: float
+) -> Tensor:
+    """Scale gradients so that their l2 norm is at most `max_norm` (0: any), and return the norm [] before."""
+    if accelerator.scaler is not None and optimizer not in accelerator._optimizers:
+        accelerator.unscale_gradients(optimizer)  # Accelerate unscales those that it has prepared
+    norm = accelerator.clip_grad_norm_(parameters, max_norm or float("inf"))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 @torch.no_grad()
 def step_if_finite(accelerator: Accelerator, optimizer: AcceleratedOptimizer, grad_norm: Tensor) -> Tensor:
-    """Take a step of a fused optimizer and clear the gradients; non-finite gradients change nothing.
+    """Take a step and clear the gradients; non-finite gradients change nothing.
 
-    Without a loss scaler, nothing is read back to the host.
+    Nothing is read back to the host with a fused optimizer and no loss scaler.
 
     Args:
         accelerator: holds the loss scaler, if any.
@@ -98,8 +85,11 @@ def step_if_finite(accelerator: Accelerator, optimizer: AcceleratedOptimizer, gr
     """
     if accelerator.scaler is None:
         skipped = (~grad_norm.isfinite()).float()
-        optimizer.optimizer.found_inf = skipped  # read by the fused kernel
-        optimizer.step()
+        if optimizer.optimizer.defaults.get("fused"):
+            optimizer.optimizer.found_inf = skipped  # read by the fused kernel
+            optimizer.step()
+        elif not skipped.item():
+            optimizer.step()
     else:  # the scaler checks the gradients itself
         optimizer.step()
         skipped = torch.tensor(float(optimizer.step_was_skipped), device=accelerator.device)
@@ -118,8 +108,10 @@ def parameter_norms(model: nn.Module) -> dict[str, Tensor]:
     return {f"parameter/{name}": _norm(group) for name, group in _group_parameters(model).items()}
 
 
-def update_norms(model: nn.Module, optimizer: torch.optim.AdamW, skipped: Tensor) -> dict[str, Tensor]:
+def update_norms(model: nn.Module, optimizer: torch.optim.Optimizer, skipped: Tensor) -> dict[str, Tensor]:
     """Return the l2 norms [] of what AdamW's last step added to the parameters, as `update/vision` and so on.
+
+    There are none for other optimizers.
 
     Updates are computed again from the optimizer's state, one parameter at a time: keeping the previous parameters
     would take a copy of the model.
@@ -129,6 +121,8 @@ def update_norms(model: nn.Module, optimizer: torch.optim.AdamW, skipped: Tensor
         optimizer: its optimizer, just after a step.
         skipped: [], 1 if that step was skipped, else 0.
     """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return {}
     options = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     norms = {
         name: _norm(_adamw_update(optimizer, options[id(p)], p) for p in group)
@@ -166,5 +160,15 @@ def _group_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 @torch.no_grad()
 def _norm(tensors: Iterable[Tensor]) -> Tensor:
     """Return the l2 norm [] of all tensors together, read one after the other."""
-    norms = [tensor.float().norm() for tensor in tensors]
-    return torch.stack(norms).norm() if norms else torch.zeros(())
+    whole, squares, group = [], [], None
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            squares.append(tensor.to_local().float().norm().square())
+            group = tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)  # the processes that share a model
+        else:
+            whole.append(tensor.float().norm())
+    if squares:
+        square = torch.stack(squares).sum()
+        dist.all_reduce(square, group=group)
+        whole.append(square.sqrt())
+    return torch.stack(whole).norm() if whole else torch.zeros(())

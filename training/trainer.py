@@ -25,7 +25,9 @@ from training.data.mixture import Mixture
 from training.gradient_cache import cached_backward
 from training.model.construction import TrainingModel
 from training.model.encoder import EncoderWithObjective
+from training.model.whole_models import WholeModels
 from training.optimization import (
+    clip_gradients,
     constrain_logit_scale_,
     gradient_norms,
     parameter_norms,
@@ -45,7 +47,8 @@ from training.run.rescue import StepSnapshot
 from training.run.run_logger import RunLogger, flat
 from training.run.step_timer import StepTimer
 from training.run.train_state import TrainState
-from training.validation import Evaluator
+from training.run.weights import TrainedWeights
+from training.validation import Evaluator, write_model
 
 
 @dataclass
@@ -60,6 +63,8 @@ class Trainer:
         module: the encoder and the objective.
         wrapped: `module` as it is wrapped for distribution.
         optimizer: of the encoder.
+        weights: what checkpoints hold of module and optimizer.
+        models: whole models to save and to evaluate.
         pairs: all pairs, including those held out.
         dataloader: this process's batches, without end.
         evaluator: evaluates the model on held-out pairs and tasks.
@@ -76,6 +81,8 @@ class Trainer:
     module: EncoderWithObjective
     wrapped: nn.Module
     optimizer: AcceleratedOptimizer
+    weights: TrainedWeights
+    models: WholeModels
     pairs: Mixture
     dataloader: DataLoader
     evaluator: Evaluator
@@ -88,10 +95,9 @@ class Trainer:
         config, rank = self.config, self.accelerator.process_index
         self.output_dir = Path(config.output_dir)
         self.model, self.processor = self.built.model, self.built.processor
-        self.encoder, self.objective = self.module.encoder, self.module.objective
         self.bad_samples = BadSampleLog(self.logger, config.max_bad_fraction, rank, self.accelerator.num_processes)
-        debug_folder, device = self.output_dir / "debug", self.accelerator.device
-        self.nonfinite = NonFiniteGuard(config, debug_folder, rank, self.state.skipped_steps, device)
+        debug, device = self.output_dir / "debug", self.accelerator.device
+        self.nonfinite = NonFiniteGuard(config, debug, rank, self.state.skipped_steps, device)
         self.loss_spikes = LossSpikeDetector(self.logger)
         self.timer = StepTimer()
         self._saved_step = self.state.step
@@ -208,7 +214,7 @@ class Trainer:
         if logs:
             metrics |= gradient_norms(self.model)
         trained = [p for p in self.wrapped.parameters() if p.requires_grad]
-        metrics["grad_norm"] = accelerator.clip_grad_norm_(trained, self.config.max_grad_norm or float("inf"))
+        metrics["grad_norm"] = clip_gradients(accelerator, self.optimizer, trained, self.config.max_grad_norm)
         skipped = self._update_parameters(metrics["grad_norm"])
         if logs:
             metrics |= parameter_norms(self.model) | update_norms(self.model, self.optimizer.optimizer, skipped)
@@ -222,6 +228,8 @@ class Trainer:
         skipped = step_if_finite(self.accelerator, self.optimizer, grad_norm)
         self.nonfinite.count(skipped)
         constrain_logit_scale_(log_scale, previous, config.logit_scale_slow_above, config.max_logit_scale)
+        if self.weights.average is not None:
+            self.weights.average.update(self.state.step)
         return skipped
 
     # -- saving --------------------------------------------------------------------------------------------------------
@@ -229,33 +237,25 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         config = self.config
         self.state.skipped_steps = int(self.nonfinite.skipped.item())
+        keep = (config.keep_last, config.keep_every)
         with self.timer.paused():
-            save_checkpoint(
-                self.accelerator, self.output_dir, self.state, self.processor, config.keep_last, config.keep_every
-            )
+            save_checkpoint(self.accelerator, self.weights, self.output_dir, self.state, self.processor, *keep)
         self._saved_step = self.state.step
 
     def save_model(self, folder: Path | None = None) -> None:
         """Save model and processor in a folder, `output_dir` by default, for `AutoModel.from_pretrained`.
 
-        With adapters, the merged model is saved, and the adapters in its `adapter/`.
+        With adapters, the merged model is saved, and the adapters in its `adapter/`. The average of the weights, if
+        there is one, is saved in `ema/`.
 
         Raises:
             UserError: the folder cannot be written.
         """
-        self._load_amortizer()
-        if self.accelerator.is_main_process:
-            self._write_model(folder or self.output_dir)
+        for name, whole_model in self.models.variants().items():
+            with whole_model() as whole:
+                if self.accelerator.is_main_process:
+                    write_model(whole, (folder or self.output_dir) / name, self.output_dir)
         self.accelerator.wait_for_everyone()
-
-    def _write_model(self, folder: Path) -> None:
-        with explain_write_errors("The model", self.output_dir):
-            self.built.save(folder)
-
-    def _load_amortizer(self) -> None:
-        """Copy the heads that the objective has trained into the model."""
-        if self.objective.amortizer is not None:
-            self.model.amortizer.load_state_dict(self.objective.amortizer.state_dict())
 
     def _finish(self) -> None:
         """Save and evaluate the finished model, join the logs, and publish."""
@@ -278,13 +278,7 @@ class Trainer:
         Args:
             is_final: whether to draw contact sheets as well.
         """
-        self._load_amortizer()
-        with explain_write_errors("Contact sheets", self.output_dir, errors=(OSError,)):
-            evaluation = self.evaluator.evaluate(self.state.step, self.output_dir if is_final else None)
-        if self.accelerator.is_main_process:
-            if self.evaluator.is_best(evaluation):
-                self._write_model(self.output_dir / "best")
-            self.evaluator.report(evaluation)
+        self.evaluator.evaluate(self.models, self.state.step, is_final)
         self.wrapped.train()
         self.accelerator.wait_for_everyone()
         self.timer.restart()

@@ -11,20 +11,22 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from transformers import ProcessorMixin
 
 from eval.data import find_data
 from eval.report import Evaluation, TaskResult, print_table, read_evaluations
 from eval.runner import EvaluationOptions, ProcessShard, evaluate_task
 from eval.tasks import ROOT, Task
-from modeling_amorlip import AmorLIPConfig, AmorLIPModel
+from modeling_amorlip import AmorLIPConfig
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import AugmentationConfig, PretrainConfig
 from training.data.collate import BadSample, Collator
 from training.data.dataset import PairDataset
 from training.data.mixture import Mixture
+from training.model.construction import TrainingModel
 from training.model.encoder import EncoderWithObjective, PairEmbeddings, PairEncoder
+from training.model.whole_models import WholeModel, WholeModels
 from training.objectives.clip import CLIPObjective
+from training.run.checkpointing import explain_write_errors
 from training.run.run_logger import RunLogger
 
 
@@ -111,6 +113,16 @@ def check_task_data(tasks: list[Task], data_dir: Path) -> None:
         find_data(task, data_dir)
 
 
+def write_model(whole: WholeModel, folder: Path, output_dir: Path) -> None:
+    """Save a model and its processor in a folder.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with explain_write_errors("The model", output_dir):
+        whole.built.save(folder)
+
+
 @dataclass
 class Evaluator:
     """Evaluate a model while it is trained.
@@ -119,9 +131,6 @@ class Evaluator:
         config: settings of the run.
         accelerator: processes, devices and precision.
         logger: logs of the run; `eval` holds the evaluations.
-        model: the model.
-        processor: its processor.
-        encoder: the model as training sees it.
         tasks: evaluation tasks; the main metric of the first one decides which model is the best.
         validation_loader: the held-out pairs; None without any.
     """
@@ -129,27 +138,40 @@ class Evaluator:
     config: PretrainConfig
     accelerator: Accelerator
     logger: RunLogger
-    model: AmorLIPModel
-    processor: ProcessorMixin
-    encoder: PairEncoder
     tasks: list[Task]
     validation_loader: DataLoader | None
 
-    def evaluate(self, step: int, sheet_folder: Path | None = None) -> Evaluation:
-        """Compute the validation loss and evaluate the tasks, over all processes and in the precision of training.
+    def evaluate(self, models: WholeModels, step: int, is_final: bool = False) -> None:
+        """Evaluate the model and the average of its weights; report it, and keep the best model in `best/`.
+
+        All processes take part, in the precision of training.
 
         Args:
+            models: the model and its average.
             step: steps that the model has been trained for.
-            sheet_folder: where to draw a contact sheet per task; None draws none.
+            is_final: whether to draw a contact sheet per task as well.
         """
+        output_dir, is_main = Path(self.config.output_dir), self.accelerator.is_main_process
+        evaluations = {}
+        for name, whole_model in models.variants().items():
+            with whole_model() as whole, explain_write_errors("Contact sheets", output_dir, errors=(OSError,)):
+                sheet_folder = output_dir if is_final and not name else None
+                evaluations[name] = self._evaluate_model(whole, step, sheet_folder)
+                if is_main and not name and self.is_best(evaluations[name]):
+                    write_model(whole, output_dir / "best", output_dir)
+        if is_main:
+            self.report(evaluations[""], evaluations.get("ema"))
+
+    def _evaluate_model(self, whole: WholeModel, step: int, sheet_folder: Path | None) -> Evaluation:
+        """Compute the validation loss and evaluate the tasks; draw a contact sheet per task in the folder, if any."""
         evaluation = Evaluation(step, results=[])
         if self.validation_loader is not None:
             bad_samples: list[BadSample] = []
             evaluation.validation_loss = validation_loss(
-                self.accelerator, self.encoder, self.validation_loader, bad_samples
+                self.accelerator, whole.encoder, self.validation_loader, bad_samples
             )
             self._list_bad_samples(bad_samples, step)
-        evaluation.results = [self._evaluate_task(task, sheet_folder) for task in self.tasks]
+        evaluation.results = [self._evaluate_task(whole.built, task, sheet_folder) for task in self.tasks]
         return evaluation
 
     def _list_bad_samples(self, bad_samples: list[BadSample], step: int) -> None:
@@ -159,10 +181,10 @@ class Evaluator:
             for entry in bad_samples:
                 self.logger.append(VALIDATION_LOG, {"step": step, **entry})
 
-    def _evaluate_task(self, task: Task, sheet_folder: Path | None) -> TaskResult:
+    def _evaluate_task(self, built: TrainingModel, task: Task, sheet_folder: Path | None) -> TaskResult:
         return evaluate_task(
-            self.model,
-            self.processor,
+            built.model,
+            built.processor,
             task,
             task_data_dir(self.config),
             share=ProcessShard(self.accelerator.process_index, self.accelerator.num_processes),
@@ -178,15 +200,18 @@ class Evaluator:
         earlier = [line.results[0].value for line in self._reported() if line.results]
         return all(evaluation.results[0].value > value for value in earlier)
 
-    def report(self, evaluation: Evaluation) -> None:
-        """Print an evaluation and add it to the log, if there was something to evaluate."""
-        line: dict[str, Any] = {"step": evaluation.step}
-        if evaluation.validation_loss is not None:
-            print(f"validation loss {evaluation.validation_loss:.4f} at step {evaluation.step}")
-            line["validation_loss"] = evaluation.validation_loss
-        if evaluation.results or len(line) > 1:
-            print_table(evaluation.results)
-            self.logger.append("eval", line | {"results": [result.to_dict() for result in evaluation.results]})
+    def report(self, evaluation: Evaluation, averaged: Evaluation | None = None) -> None:
+        """Print an evaluation and add it to the log, if there was something to evaluate.
+
+        Args:
+            evaluation: of the trained weights.
+            averaged: of their average, which the line holds under `ema`.
+        """
+        line: dict[str, Any] = {"step": evaluation.step, **_describe(evaluation)}
+        if averaged is not None:
+            line["ema"] = _describe(averaged, "average of the weights, ")
+        if evaluation.results or evaluation.validation_loss is not None:
+            self.logger.append("eval", line)
 
     def has_reported(self, step: int) -> bool:
         """Return whether the log holds an evaluation of a step."""
@@ -195,3 +220,16 @@ class Evaluator:
     def _reported(self) -> list[Evaluation]:
         path = self.logger.folder / "eval.jsonl"
         return read_evaluations(path) if path.exists() else []
+
+
+def _describe(evaluation: Evaluation, title: str = "") -> dict[str, Any]:
+    """Print an evaluation, and return it for the log."""
+    line: dict[str, Any] = {}
+    if evaluation.validation_loss is not None:
+        print(f"{title}validation loss {evaluation.validation_loss:.4f} at step {evaluation.step}")
+        line["validation_loss"] = evaluation.validation_loss
+    if title and evaluation.results:
+        print(f"{title}step {evaluation.step}")
+    if evaluation.results or line:
+        print_table(evaluation.results)
+    return line | {"results": [result.to_dict() for result in evaluation.results]}

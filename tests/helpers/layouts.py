@@ -12,12 +12,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 
 from modeling_amorlip import AmorLIPModel
 from tests.helpers.objectives import VARIANTS, make_config
 from training.gradient_cache import cached_backward
 from training.model.encoder import EncoderWithObjective, PairEncoder
 from training.objectives import OBJECTIVES
+from training.run.sharded_state import gather_weights
+from training.run.sharding import shard_encoder
 
 
 N, STEPS = 16, 5
@@ -44,8 +47,8 @@ def draw_batch(generator: torch.Generator, rows: slice) -> dict[str, torch.Tenso
     return {name: value[rows] for name, value in batch.items()}
 
 
-def train(accelerator, name, settings, amortizer_config, micro_batch_size, negatives="global"):
-    """Train an objective for a few steps; return parameters and state."""
+def train(accelerator, name, settings, amortizer_config, micro_batch_size, negatives="global", sharding=None):
+    """Train an objective for a few steps; return parameters and state, and the bytes that this process holds."""
     torch.manual_seed(0)
     cls = OBJECTIVES[name]
     head = {"head_type": "prototype", "size": 24} if name == "neuclip" else {"size": 24, **amortizer_config}
@@ -53,8 +56,10 @@ def train(accelerator, name, settings, amortizer_config, micro_batch_size, negat
     model = AmorLIPModel(config)
     objective = cls(config, cls.Arguments(**settings), negatives, num_samples=3 * N)
     module = EncoderWithObjective(PairEncoder(model, [0.5] * 3, [0.5] * 3), objective)
+    if sharding is not None:
+        shard_encoder(module.encoder, sharding, accelerator.device)
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
-    wrapped, optimizer = accelerator.prepare(module, optimizer)
+    wrapped, optimizer = accelerator.prepare(module, optimizer) if sharding is None else (module, optimizer)
     share = N // accelerator.num_processes
     rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     generator = torch.Generator().manual_seed(1)
@@ -68,10 +73,13 @@ def train(accelerator, name, settings, amortizer_config, micro_batch_size, negat
             accelerator.backward(wrapped(**batch).loss)
         optimizer.step()
         optimizer.zero_grad()
-    state = {f"model.{key}": value.clone() for key, value in model.state_dict().items()}
+    held = [*module.parameters(), *(state["momentum_buffer"] for state in optimizer.state.values())]
+    local_bytes = sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in held)
+    weights = model.state_dict() if sharding is None else gather_weights(model)
+    state = {f"model.{key}": value.clone() for key, value in weights.items()}
     tensors = {key: value for key, value in objective.state_dict().items() if isinstance(value, torch.Tensor)}
     tensors.pop("partition_error", None)  # a metric, kept for logging
-    return state | {f"objective.{key}": value.clone() for key, value in tensors.items()}
+    return state | {f"objective.{key}": value.clone() for key, value in tensors.items()}, local_bytes
 
 
 def count_embedding_collectives(run) -> int:
@@ -102,7 +110,7 @@ def main(output: str) -> None:
     results = {}
     for case in CASES:
         for micro_batch_size in (0, 3 if share > 3 else 1):
-            results[repr((case, bool(micro_batch_size)))] = train(accelerator, *case, micro_batch_size)
+            results[repr((case, bool(micro_batch_size)))] = train(accelerator, *case, micro_batch_size)[0]
     counts = {}
     if accelerator.num_processes == 2:
         for case in CASES:

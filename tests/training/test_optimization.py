@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from training.config import PretrainConfig
 from training.optimization import (
     constrain_logit_scale_,
-    make_optimizer,
     set_learning_rates,
     step_if_finite,
     update_norms,
 )
+from training.optimizers import make_optimizer
 
 
 class Tiny(torch.nn.Module):

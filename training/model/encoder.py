@@ -199,6 +199,17 @@ def surrogate_loss(embeddings: PairEmbeddings, gradients: EmbeddingGradients) ->
     return loss
 
 
+def list_layers(tower: nn.Module) -> list[nn.Module]:
+    """Return the layers of a tower: elements of its module lists that hold parameters, but no further module list."""
+    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
+    return [
+        element
+        for elements in lists
+        for element in elements
+        if any(True for _ in element.parameters()) and not any(isinstance(m, nn.ModuleList) for m in element.modules())
+    ]
+
+
 def drop_patches(vision_model: nn.Module, fraction: float) -> None:
     """Drop a random fraction of the patches of each image in training (Li et al. 2023, FLIP).
 

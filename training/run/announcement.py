@@ -19,6 +19,7 @@ def describe_run(trainer: Trainer) -> str:
     lines = [
         f"Device      {accelerator.device} x {accelerator.num_processes} "
         f"({'found' if torch.cuda.is_available() else 'no GPU found'})",
+        *(["Sharding    FSDP2: parameters and optimizer states over all processes"] if trainer.weights.sharded else []),
         f"Objective   {config.objective}, {config.negatives} negatives",
         f"Parameters  {describe_parameters(trainer)}",
         f"Data        {len(trainer.pairs)} pairs of {config.train_data}",

@@ -17,10 +17,12 @@ from typing import IO
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import ProcessorMixin
 
 from modeling_amorlip.cli_amorlip import UserError
 from training.run.train_state import TrainState
+from training.run.weights import TrainedWeights
 
 
 STATE_FILE = "train_state.json"
@@ -30,18 +32,20 @@ UNSUPPORTED = {
     for name in ("ENOLCK", "ENOSYS", "EOPNOTSUPP", "ENOTSUP", "EINVAL", "EBADF", "EISDIR", "EACCES", "EPERM")
 }
 """What file systems answer to a lock or a flush that they do not implement."""
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
+"""What says that a file cannot be written: torch and safetensors wrap the system's error in errors of their own."""
 
 
 @contextlib.contextmanager
 def explain_write_errors(
-    what: str, output_dir: Path, errors: tuple[type[Exception], ...] = (OSError, RuntimeError, SafetensorError)
+    what: str, output_dir: Path, errors: tuple[type[BaseException], ...] = WRITE_ERRORS
 ) -> Iterator[None]:
     """Raise a `UserError` if the block cannot write (no space, no permission).
 
     Args:
         what: subject of the message, such as "The model".
         output_dir: folder of the run; the message names its newest checkpoint.
-        errors: what counts as such. torch and safetensors wrap the system's error in errors of their own.
+        errors: what counts as such.
     """
     try:
         yield
@@ -59,6 +63,7 @@ def explain_write_errors(
 
 def save_checkpoint(
     accelerator: Accelerator,
+    weights: TrainedWeights,
     output_dir: Path,
     state: TrainState,
     processor: ProcessorMixin,
@@ -68,7 +73,8 @@ def save_checkpoint(
     """Write `checkpoints/step_XXXXXXXX`, then remove old checkpoints. All processes must call this.
 
     Args:
-        accelerator: holds the model, the optimizer and the objective.
+        accelerator: holds the objective and random states.
+        weights: the model, its optimizer and the average of its weights.
         output_dir: folder of the run.
         state: position of the run.
         processor: saved with the rest, so that a checkpoint can be resumed in another folder.
@@ -86,7 +92,7 @@ def save_checkpoint(
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
             accelerator.wait_for_everyone()
-            accelerator.save_state(str(temporary), safe_serialization=True)
+            weights.save(accelerator, temporary)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 processor.save_pretrained(temporary / PROCESSOR_FOLDER)
@@ -178,14 +184,15 @@ def read_train_state(folder: Path) -> TrainState:
     return TrainState.from_dict(json.loads((folder / STATE_FILE).read_text()))
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, state: TrainState) -> TrainState:
+def load_checkpoint(accelerator: Accelerator, weights: TrainedWeights, folder: Path, state: TrainState) -> TrainState:
     """Restore model, optimizer, objective and random states, and return the position of the run.
 
     Another number of processes may continue a run if the global batch size is the same; dropout then draws other random
     numbers.
 
     Args:
-        accelerator: holds the model, the optimizer and the objective.
+        accelerator: holds the objective and random states.
+        weights: the model, its optimizer and the average of its weights.
         folder: the checkpoint.
         state: a fresh state, with the layout of this run.
 
@@ -199,7 +206,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, state: TrainState) -
             f"but this run has {state.global_batch_size} over {processes}: set per_device_train_batch_size to "
             f"{saved.global_batch_size / processes:g}."
         )
-    accelerator.load_state(str(folder))
+    weights.load(accelerator, folder)
     if saved.num_processes != processes:
         accelerator.print(
             f"A run of {saved.num_processes} processes continues with {processes}: the samples and the mathematics are "

@@ -53,8 +53,8 @@ def build_accelerator(config: PretrainConfig) -> Accelerator:
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise UserError(
-            f"Accelerate is set up for {kind.value}; here every process has a whole model (MULTI_GPU, see "
-            "training/accelerate_configs/). gradient_checkpointing and micro_batch_size save memory."
+            f"Accelerate is set up for {kind.value}, which is not supported: choose one of "
+            "training/accelerate_configs/."
         )
     accelerator.print(f"Precision   {precision} ({reason})")
     return accelerator
