@@ -10,6 +10,7 @@ from tests.helpers.checkout import DEMO, TINY, pretrain
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the client is imported, which reads it then
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # torch before 2.8 starts processes for more
 
 import datasets
 import pytest
@@ -18,6 +19,15 @@ import yaml
 
 
 torch.set_num_threads(1)  # as many workers of pytest-xdist as cores share the machine
+
+
+def pytest_collection_modifyitems(config, items):
+    """Run tests marked `slow` or `interop` only where `-m` names the mark."""
+    marks = {mark for mark in ("slow", "interop") if mark not in config.option.markexpr}
+    skipped = [item for item in items if marks.intersection(mark.name for mark in item.iter_markers())]
+    if skipped:
+        config.hook.pytest_deselected(items=skipped)
+        items[:] = [item for item in items if item not in set(skipped)]
 
 
 @pytest.fixture(autouse=True)
