@@ -50,6 +50,7 @@ def convert_to_transformers(model: AmorLIPModel, *, drop_logit_bias: bool = Fals
     """
     config = model.config
     towers = (config.vision_config.model_type, config.text_config.model_type)
+    other: Any  # mypy does not see through PreTrainedModel.to
     if {config.vision_pooling, config.text_pooling} != {"pooler"} and towers in (CLIP_TOWERS, *SIGMOID_MODELS):
         raise ValueError(
             f"vision_pooling is {config.vision_pooling!r} and text_pooling {config.text_pooling!r}; Transformers' CLIP "

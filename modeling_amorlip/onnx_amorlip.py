@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import tempfile
 from pathlib import Path
 
 import torch
@@ -80,16 +82,25 @@ def _save(model, path: Path) -> list[Path]:
 
 def quantize_onnx(path: Path) -> list[Path]:
     """Write an ONNX file's matrices in 8 bits, as `NAME_quantized.onnx`, and return the paths of all files."""
+    import onnx_ir
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    has_data = path.with_name(f"{path.name}_data").is_file()
     output = path.with_name(f"{path.stem}_quantized.onnx")
-    data = path.with_name(f"{path.name}_data")
-    quantize_dynamic(
-        path,
-        output,
-        op_types_to_quantize=QUANTIZED_OPERATORS,
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        use_external_data_format=data.is_file(),
-    )
-    return [output, *sorted(path.parent.glob(f"{output.name}?data"))]
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it advises on preprocessing that the exporter has done
+    try:
+        # Written aside first, since onnxruntime names external data otherwise than transformers.js does.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            raw = Path(folder) / output.name
+            quantize_dynamic(
+                path,
+                raw,
+                op_types_to_quantize=QUANTIZED_OPERATORS,
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=has_data,
+            )
+            return _save(onnx_ir.load(raw), output)
+    finally:
+        logging.disable(disabled)

@@ -38,13 +38,11 @@ def image_processor_from_open_clip(preprocess_cfg: dict[str, Any], image_size: i
     _check("mode", preprocess_cfg.get("mode", "RGB"), ("RGB",))
     if mode == "longest":  # where nothing is padded, the color does not matter
         _check("fill_color", preprocess_cfg.get("fill_color", 0), (0, [0, 0, 0]))
-    return CLIPImageProcessor(
-        size=sizes[mode],
-        crop_size=square,
-        resample=RESAMPLING[interpolation],
-        do_convert_rgb=True,
-        **{f"image_{name}": list(preprocess_cfg[name]) for name in ("mean", "std") if preprocess_cfg.get(name)},
-    )
+    options: dict[str, Any] = {"size": sizes[mode], "crop_size": square, "resample": RESAMPLING[interpolation]}
+    for name in ("mean", "std"):
+        if preprocess_cfg.get(name):
+            options[f"image_{name}"] = list(preprocess_cfg[name])
+    return CLIPImageProcessor(do_convert_rgb=True, **options)
 
 
 def _check(field: str, value: Any, possible: tuple[Any, ...]) -> None:

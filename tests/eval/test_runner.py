@@ -73,6 +73,7 @@ def test_every_datacomp_task_runs_on_its_layout(model_folder, pictures, tmp_path
         write_miniature(task, tmp_path / "data" / folder, pictures)
     output = tmp_path / "results.json"
     options = ["--data_dir", tmp_path / "data", "--output", output, "--bootstrap", "20", "--scoring", *EXTRA]
+    options += ["--num_workers", "0"]
     assert run_main(monkeypatch, eval.run, "--model", model_folder, "--tasks", "datacomp", *options) == 0
     report = read_report(output)
     assert len(report.tasks) == 38
@@ -179,7 +180,7 @@ def test_run_continues_and_bad_task_costs_no_other(model_folder, digits, tmp_pat
     shard.write_bytes(content[: len(content) // 2])
     output = tmp_path / "results.json"
     command = ["--model", model_folder, "--tasks", folder / "tasks.yaml", "imagenet1k", "--data_dir", folder]
-    command += ["--output", output, "--bootstrap", "0"]
+    command += ["--output", output, "--bootstrap", "0", "--num_workers", "0"]
     assert run_main(monkeypatch, eval.run, *command) == 1
     tasks = read_report(output).tasks
     statuses = {name: result.status for name, result in tasks.items()}
@@ -198,7 +199,7 @@ def test_result_of_something_else_is_not_taken_over(model_folder, digits, tmp_pa
     shutil.copytree(digits[0], folder)
     shutil.copytree(model_folder, model)
     command = ["--model", model, "--tasks", f"{folder / 'tasks.yaml'}:digits", "--data_dir", folder]
-    command += ["--output", tmp_path / "results.json", "--bootstrap", "0"]
+    command += ["--output", tmp_path / "results.json", "--bootstrap", "0", "--num_workers", "0"]
 
     def is_taken_over(*options):
         assert run_main(monkeypatch, eval.run, *command, *options) == 0

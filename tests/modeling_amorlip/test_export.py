@@ -108,10 +108,13 @@ def test_opset_and_data_of_large_models(tmp_path, monkeypatch):
     pixels = torch.randn(2, 3, 32, 32)
     (embeds,) = run_session(tmp_path / "onnx/vision_model.onnx", None, pixel_values=pixels)
     torch.testing.assert_close(embeds, expected_embeds(model, pixels), rtol=0, atol=1e-5)
+    paths += onnx_amorlip.quantize_onnx(tmp_path / "onnx/vision_model.onnx")
+    (quantized,) = run_session(paths[-2], None, pixel_values=pixels)
+    torch.testing.assert_close(quantized, embeds, rtol=0, atol=0.05)
     write_config(model, tmp_path, paths)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["transformers.js_config"]["use_external_data_format"] == {
-        f"{name}.onnx": 1 for name in ("model", "vision_model", "text_model")
+        f"{name}.onnx": 1 for name in ("model", "vision_model", "text_model", "vision_model_quantized")
     }
 
 
