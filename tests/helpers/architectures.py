@@ -123,7 +123,8 @@ def try_architecture(model_type: str, side: str) -> str:
     try:
         model = make_model(model_type, side)
     except (ValueError, ImportError) as refusal:  # of a width that the configuration does not say, or for a library
-        assert f"{side}_config ({config.model_type}) has no hidden_size" in str(refusal) or "library" in str(refusal), refusal
+        no_width = f"{side}_config ({config.model_type}) has no hidden_size"
+        assert no_width in str(refusal) or "library" in str(refusal), refusal
         return "refused"
     try:
         check_architecture(model, side)
