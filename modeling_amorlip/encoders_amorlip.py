@@ -34,11 +34,11 @@ ENCODERS = {
 }
 
 
-class NoPooler(nn.Module):
-    """In the place of a pooler that is not used: some encoders call theirs without asking whether there is one."""
+class UnusedPooler(nn.Module):
+    """The first token, in the place of a pooler that is not used: some encoders call theirs without a question."""
 
-    def forward(self, *args, **kwargs) -> None:
-        return None
+    def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
+        return hidden[:, 0]
 
 
 def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
@@ -60,7 +60,7 @@ def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
     # masked pretraining puts in the place of patches.
     pooler = getattr(encoder, "pooler", None)
     if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
-        encoder.pooler = NoPooler()
+        encoder.pooler = UnusedPooler()
     for name, parameter in encoder.named_parameters():
         if any(part in name for part in WITHOUT_GRADIENT):
             parameter.requires_grad_(False)

@@ -93,28 +93,38 @@ def survey(side: str) -> dict[str, str]:
     configuration holds that of a tower of the side.
 
     Raises:
-        AssertionError: one is neither refused at construction nor works; the message names it.
+        AssertionError: some are neither refused at construction nor work; the message names them.
     """
-    results = {}
+    results, failures = {}, []
     for model_type in CONFIG_MAPPING_NAMES:
         if model_type in UNTRIED:
             results[model_type] = "untried"
         elif f"{side}_config" not in getattr(CONFIG_MAPPING[model_type], "sub_configs", {}):
-            results[model_type] = try_architecture(model_type, side)
+            try:
+                results[model_type] = try_architecture(model_type, side)
+            except AssertionError as error:
+                failures.append(str(error))
+            print(model_type, results.get(model_type, failures[-1:]), flush=True)
+    assert not failures, "\n".join(failures)
     return results
 
 
 def try_architecture(model_type: str, side: str) -> str:
     """Return "works" or "refused" for an architecture as the tower of a side."""
     try:
-        require_encoder(CONFIG_MAPPING[model_type](), side, ENCODERS)
+        config = CONFIG_MAPPING[model_type]()
+    except ImportError:
+        return "refused"
+    try:
+        require_encoder(config, side, ENCODERS)
     except (ValueError, ImportError) as refusal:
-        assert model_type in str(refusal) or "library" in str(refusal), refusal
+        assert config.model_type in str(refusal) or "library" in str(refusal), refusal
         return "refused"
     try:
         model = make_model(model_type, side)
     except (ValueError, ImportError) as refusal:  # of a width that the configuration does not say, or for a library
-        assert f"{side}_config ({model_type}) has no hidden_size" in str(refusal) or "library" in str(refusal), refusal
+        no_width = f"{side}_config ({config.model_type}) has no hidden_size"
+        assert no_width in str(refusal) or "library" in str(refusal), refusal
         return "refused"
     try:
         check_architecture(model, side)

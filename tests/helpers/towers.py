@@ -33,9 +33,11 @@ TOWERS = {
 }
 
 
-def make_config(towers: str, head_type: str = "residual_mlp", **fields) -> AmorLIPConfig:
-    """Make the configuration of a tiny model."""
+def make_config(towers: str, head_type: str = "residual_mlp", layers: int = 2, **fields) -> AmorLIPConfig:
+    """Make the configuration of a tiny model with some layers per tower; the ResNet has one block per stage."""
     vision, text = copy.deepcopy(TOWERS[towers])
+    for tower in (vision, text):
+        tower |= {name: layers for name in ("num_hidden_layers", "n_layer") if name in tower}
     heads = {"head_type": head_type, "size": 8}
     return AmorLIPConfig(vision_config=vision, text_config=text, projection_dim=24, amortizer_config=heads, **fields)
 
