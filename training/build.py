@@ -24,6 +24,7 @@ from training.data.collate import Collator
 from training.data.dataset import make_dataloader
 from training.data.mixture import Mixture, open_pairs
 from training.data.order import ORDER_VERSION, EpochOrder, PairSampler
+from training.model.compilation import compile_encoder
 from training.model.construction import TrainingModel, build_model
 from training.model.encoder import EncoderWithObjective, PairEncoder
 from training.model.weight_average import WeightAverage
@@ -68,7 +69,7 @@ def build_trainer(config: PretrainConfig) -> Trainer:
     total_steps = count_steps(config, sampler.steps_per_epoch)
     empty = copy_without_weights(built) if sharding and dist.is_initialized() else None
     # The encoder is joined with the objective before it is wrapped for distribution.
-    encoder = build_encoder(built, config, accelerator)
+    encoder = build_encoder(built, config, accelerator, is_sharded=empty is not None)
     objective = build_objective(objective_settings, built, config, len(pairs)).to(accelerator.device)
     module = EncoderWithObjective(encoder, objective)
     flops = FlopMeter(built.model.to(accelerator.device), built.image_size, built.context, config.patch_dropout)
@@ -266,7 +267,9 @@ def count_steps(config: OptimizationConfig, steps_per_epoch: int) -> int:
     return total_steps
 
 
-def build_encoder(built: TrainingModel, config: PretrainConfig, accelerator: Accelerator) -> PairEncoder:
+def build_encoder(
+    built: TrainingModel, config: PretrainConfig, accelerator: Accelerator, is_sharded: bool = False
+) -> PairEncoder:
     """Return the dual encoder, compiled and laid out as configured.
 
     Raises:
@@ -287,7 +290,7 @@ def build_encoder(built: TrainingModel, config: PretrainConfig, accelerator: Acc
     if config.channels_last:
         encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.compile:
-        encoder.compile()
+        compile_encoder(encoder, by_layer=is_sharded)
     return encoder
 
 
