@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from training.model.encoder import PairEncoder, list_layers
@@ -25,7 +27,7 @@ def compile_encoder(encoder: PairEncoder, by_layer: bool = False, backend: str =
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     # Random numbers are drawn as without compilation: gradient caching draws them twice, in two programs.
-    options: dict[str, bool] | None = {"fallback_random": True} if backend == "inductor" else None
+    options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
     for tower in (encoder.model.vision_model, encoder.model.text_model):
         if not by_layer:
             tower.compile(backend=backend, options=options)
