@@ -24,6 +24,7 @@ from training.data.collate import Collator
 from training.data.dataset import make_dataloader
 from training.data.mixture import Mixture, open_pairs
 from training.data.order import ORDER_VERSION, EpochOrder, PairSampler
+from training.model.compilation import compile_encoder
 from training.model.construction import TrainingModel, build_model
 from training.model.encoder import EncoderWithObjective, PairEncoder
 from training.model.weight_average import WeightAverage
@@ -65,15 +66,10 @@ def build_trainer(config: PretrainConfig) -> Trainer:
     pairs = open_data(config, accelerator, tasks)
     built = build_model(config, accelerator, pairs, checkpoint)
     sampler = build_sampler(config, accelerator, pairs)
-    total_steps = count_steps(config, sampler.steps_per_epoch)
     empty = copy_without_weights(built) if sharding and dist.is_initialized() else None
-    # The encoder is joined with the objective before it is wrapped for distribution.
-    encoder = build_encoder(built, config, accelerator)
-    objective = build_objective(objective_settings, built, config, len(pairs)).to(accelerator.device)
-    module = EncoderWithObjective(encoder, objective)
+    module = build_module(objective_settings, built, config, accelerator, len(pairs), is_sharded=empty is not None)
     flops = FlopMeter(built.model.to(accelerator.device), built.image_size, built.context, config.patch_dropout)
     wrapped, optimizer = distribute(module, config, accelerator, None if empty is None else sharding)
-    accelerator.register_for_checkpointing(objective)
     vary_random_state(config.seed, accelerator.process_index)
     average = WeightAverage(built.model, config.ema_decay) if config.ema_decay else None
     weights = TrainedWeights(module, optimizer.optimizer, average, sharded=empty is not None)
@@ -93,7 +89,7 @@ def build_trainer(config: PretrainConfig) -> Trainer:
         dataloader=dataloader,
         evaluator=Evaluator(config, accelerator, logger, tasks, validation_loader),
         state=start_state(config, accelerator, weights, sampler, len(pairs), checkpoint),
-        total_steps=total_steps,
+        total_steps=count_steps(config, sampler.steps_per_epoch),
         flops=flops,
         checkpoint=checkpoint,
     )
@@ -109,6 +105,7 @@ def distribute(
     Raises:
         UserError: the model cannot be sharded as the settings say.
     """
+    accelerator.register_for_checkpointing(module.objective)
     if sharding is None:
         return accelerator.prepare(module, make_optimizer(module, config))
     shard_encoder(module.encoder, sharding, accelerator.device)
@@ -266,7 +263,27 @@ def count_steps(config: OptimizationConfig, steps_per_epoch: int) -> int:
     return total_steps
 
 
-def build_encoder(built: TrainingModel, config: PretrainConfig, accelerator: Accelerator) -> PairEncoder:
+def build_module(
+    objective_settings: Any,
+    built: TrainingModel,
+    config: PretrainConfig,
+    accelerator: Accelerator,
+    num_pairs: int,
+    is_sharded: bool,
+) -> EncoderWithObjective:
+    """Return the encoder joined with the objective, as it is wrapped for distribution afterwards.
+
+    Raises:
+        UserError: a setting of the encoder or the objective is not possible.
+    """
+    encoder = build_encoder(built, config, accelerator, is_sharded)
+    objective = build_objective(objective_settings, built, config, num_pairs).to(accelerator.device)
+    return EncoderWithObjective(encoder, objective)
+
+
+def build_encoder(
+    built: TrainingModel, config: PretrainConfig, accelerator: Accelerator, is_sharded: bool = False
+) -> PairEncoder:
     """Return the dual encoder, compiled and laid out as configured.
 
     Raises:
@@ -287,7 +304,7 @@ def build_encoder(built: TrainingModel, config: PretrainConfig, accelerator: Acc
     if config.channels_last:
         encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.compile:
-        encoder.compile()
+        compile_encoder(encoder, by_layer=is_sharded)
     return encoder
 
 

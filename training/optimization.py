@@ -73,7 +73,7 @@ def clip_gradients(
 def step_if_finite(accelerator: Accelerator, optimizer: AcceleratedOptimizer, grad_norm: Tensor) -> Tensor:
     """Take a step and clear the gradients; non-finite gradients change nothing.
 
-    Nothing is read back to the host with a fused optimizer and no loss scaler.
+    Nothing is read back to the host with a fused optimizer.
 
     Args:
         accelerator: holds the loss scaler, if any.
@@ -83,16 +83,14 @@ def step_if_finite(accelerator: Accelerator, optimizer: AcceleratedOptimizer, gr
     Returns:
         1 if the step was skipped, else 0, as a tensor [].
     """
-    if accelerator.scaler is None:
-        skipped = (~grad_norm.isfinite()).float()
-        if optimizer.optimizer.defaults.get("fused"):
-            optimizer.optimizer.found_inf = skipped  # read by the fused kernel
-            optimizer.step()
-        elif not skipped.item():
-            optimizer.step()
-    else:  # the scaler checks the gradients itself
+    skipped = (~grad_norm.isfinite()).float()
+    if accelerator.scaler is not None:
+        optimizer.step()  # the scaler checks the gradients itself
+    elif optimizer.optimizer.defaults.get("fused"):
+        optimizer.optimizer.found_inf = skipped  # read by the fused kernel
         optimizer.step()
-        skipped = torch.tensor(float(optimizer.step_was_skipped), device=accelerator.device)
+    elif not skipped.item():
+        optimizer.step()
     optimizer.zero_grad()
     return skipped
 

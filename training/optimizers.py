@@ -40,9 +40,9 @@ def make_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.
         UserError: there is no such optimizer, or it does not take its settings.
     """
     name = config.optimizer.lower()
-    optimizer_class = find_optimizer(name)
-    options = {**_named_options(name, optimizer_class, config), **config.optimizer_args}
     try:
+        optimizer_class = find_optimizer(name)
+        options = {**_named_options(name, optimizer_class, config), **config.optimizer_args}
         optimizer = optimizer_class(parameter_groups(model, config), lr=config.learning_rate, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"optimizer {config.optimizer}: {error}") from None

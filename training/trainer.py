@@ -42,7 +42,7 @@ from training.run.flops import FlopMeter
 from training.run.loss_spikes import LossSpikeDetector
 from training.run.nonfinite import NonFiniteGuard
 from training.run.preemption import PreemptionHandler, reset_sigchld_handler, resume_arguments
-from training.run.processes import check_shared, run_on_main
+from training.run.processes import check_shared, explain_lost_processes, run_on_main
 from training.run.rescue import StepSnapshot
 from training.run.run_logger import RunLogger, flat
 from training.run.step_timer import StepTimer
@@ -116,7 +116,7 @@ class Trainer:
             self._open_logs()
             self.accelerator.print(describe_run(self))
             self._run_missed_evaluation()
-            with PreemptionHandler(self.accelerator) as preemption:
+            with PreemptionHandler(self.accelerator) as preemption, explain_lost_processes(self.config.ddp_timeout):
                 self._run_steps(preemption)
                 if self.state.step < self.total_steps:
                     self.accelerator.print(

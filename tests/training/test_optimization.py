@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 
 from training.config import PretrainConfig
 from training.optimization import (
+    clip_gradients,
     constrain_logit_scale_,
     set_learning_rates,
     step_if_finite,
@@ -85,3 +88,31 @@ def test_update_norms_are_those_of_the_step(weight_decay):
             expected = math.sqrt(sum(change.square().sum().item() for change in changes))
             norm = norms[f"update/{'other' if group == 'logit_scale' else group}"].item()
             assert norm == pytest.approx(expected, rel=2e-3) and (norm == 0) == (step in (0, 3))
+
+
+@pytest.mark.parametrize("registered", [True, False], ids=["whole", "sharded"])
+def test_loss_scaler_gives_the_same_steps(registered):
+    """As with fp16 on a GPU. The optimizer of a sharded model is not registered with Accelerate."""
+    results = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        AcceleratorState._reset_state(True)
+        model, accelerator = Tiny(), Accelerator(cpu=True)
+        if scaler is not None:
+            accelerator.scaler, accelerator.native_amp, accelerator.state._mixed_precision = scaler, True, "fp16"
+        inner = make_optimizer(model, config(max_grad_norm=0.1))
+        if registered:
+            optimizer = accelerator.prepare_optimizer(inner)
+        else:
+            optimizer = AcceleratedOptimizer(inner, device_placement=False, scaler=scaler)
+        for step in range(4):
+            inputs = torch.full((2, 7), float("inf") if step == 2 else 1.0 + step)
+            loss = model.vision_model(inputs).square().mean() + model.text_model.weight.sum() * model.logit_scale
+            accelerator.backward(loss)
+            norm = clip_gradients(accelerator, optimizer, list(model.parameters()), 0.1)
+            assert norm.isfinite() == (step != 2)
+            assert step_if_finite(accelerator, optimizer, norm).item() == (step == 2)
+        results.append([parameter.detach().clone() for parameter in model.parameters()])
+    AcceleratorState._reset_state(True)
+    assert scaler.get_scale() == 512.0
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)

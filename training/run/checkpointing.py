@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import ProcessorMixin
 
 from modeling_amorlip.cli_amorlip import UserError
+from training.run.processes import is_connection_error
 from training.run.train_state import TrainState
 from training.run.weights import TrainedWeights
 
@@ -52,6 +53,8 @@ def explain_write_errors(
     except errors as error:
         if isinstance(error, OSError) and error.errno is None:
             raise  # not from the system; Pillow raises such errors for broken images
+        if is_connection_error(error):
+            raise
         saved = list_checkpoints(output_dir)
         newest = f"{saved[-1].name} is whole" if saved else "There is no checkpoint"
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
@@ -86,6 +88,29 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Return whether an error says that another process cannot be reached any more."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+@contextlib.contextmanager
+def explain_lost_processes(timeout: int) -> Iterator[None]:
+    """Raise a `UserError` if another process ends or cannot be reached while the block runs.
+
+    Args:
+        timeout: seconds after which a process stops waiting for the others.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_connection_error(error):
+            raise
+        raise UserError(
+            f"Another process has ended, or could not be reached for {timeout} seconds (ddp_timeout): see its output, "
+            "then continue all with --resume_from_checkpoint latest."
+        ) from error
 
 
 def check_same_data(accelerator: Accelerator, pairs: Mixture) -> None:

@@ -47,6 +47,22 @@ def test_loss_benchmark(main, monkeypatch, tmp_path):
     assert output.with_suffix(".png").stat().st_size > 0
 
 
+def test_gpu_benchmark_without_a_gpu(main, tmp_path, capsys):
+    assert main("gpu", "--small", "--output", tmp_path / "gpu.json") == 0
+    claims = json.loads((tmp_path / "gpu.json").read_text())["claims"]
+    assert sum(claim["holds"] is True for claim in claims) >= 15 and not torch.distributed.is_initialized()
+    if not torch.cuda.is_available():
+        assert "262144 pairs, GiB                               not run" in capsys.readouterr().out
+
+
+def test_gpu_benchmark_names_claims_that_fail(main, monkeypatch, capsys):
+    from training.benchmarks import gpu
+
+    monkeypatch.setattr(gpu, "CHECKS", [lambda setting: [gpu.at_most("error of x", float("nan"), 1)]])
+    assert main("gpu", "--small") == 1
+    assert "Failing     error of x" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("groups", [("ours", "straightforward", "straightforward_kept"), ("infonce", "ours_infonce")])
 def test_compared_losses_are_equal(groups):
     from training.benchmarks.loss import Settings, losses
