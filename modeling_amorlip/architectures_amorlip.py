@@ -9,6 +9,8 @@ from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, PreTrai
 
 
 INPUTS = {"vision": "pixel_values", "text": "input_ids"}
+PASSED_ON = ("pixel_attention_mask", "spatial_shapes")
+"""Further inputs that the processor of SigLIP 2 gives and the model passes on."""
 MODALITIES = {"vision": {"image"}, "text": {"text"}}
 # Architectures that build and then fail, or mean something else than an image's or a text's embedding.
 REASONS = {
@@ -18,7 +20,7 @@ REASONS = {
         "sam_vision_model edgetam_vision_model table-transformer"
     ),
     "takes several images at once": "efficientloftr lightglue seggpt timesformer",
-    "takes images in a form of its own": "minicpm_ocr_vision minicpmv4_7_vision pixtral siglip2_vision_model",
+    "takes images in a form of its own": "minicpm_ocr_vision minicpmv4_7_vision pixtral",
     "reads lines or pages of text": (
         "mgp-str pp_ocrv5_mobile_rec pp_ocrv5_server_rec pp_ocrv6_medium_det pp_ocrv6_small_det pp_ocrv6_small_rec "
         "pp_ocrv6_tiny_rec uvdoc"
@@ -104,6 +106,6 @@ def _mismatch(encoder_class: Any, side: str) -> str | None:
         for key, parameter in parameters.items()
         if parameter.default is parameter.empty
         and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and key not in ("self", main)
+        and key not in ("self", main, *PASSED_ON)
     ]
     return f"also needs {' and '.join(required)} ({name})" if required else None

@@ -165,6 +165,13 @@ def make_images(model: AmorLIPModel, number: int = 2) -> dict[str, torch.Tensor]
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     channels = getattr(model.config.vision_config, "num_channels", 3)
     generator = torch.Generator().manual_seed(0)
+    if model.config.vision_config.model_type == "siglip2_vision_model":  # patches of images of any shape
+        shapes = torch.tensor([[4, 4], [2, 6]])[:number]
+        return {
+            "pixel_values": torch.randn(number, 16, 3 * model.config.vision_config.patch_size**2, generator=generator),
+            "pixel_attention_mask": (torch.arange(16) < shapes.prod(1, keepdim=True)).int(),
+            "spatial_shapes": shapes,
+        }
     return {"pixel_values": torch.randn(number, channels, height, width, generator=generator)}
 
 

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel
 from modeling_amorlip.architectures_amorlip import REFUSED
@@ -16,6 +16,7 @@ from tests.helpers.checkout import ROOT
     [
         ("vision", "mobilevit"),  # its pooler is wider than its last stage
         ("vision", "internvl_vision"),  # no pooler
+        ("vision", "siglip2_vision_model"),  # inputs of its own
         ("text", "squeezebert"),  # calls its pooler whether or not there is one
         ("text", "esm"),  # a head that is not used
         ("text", "bamba"),  # keeps states for generation
@@ -39,14 +40,17 @@ def test_towers_with_peculiarities_work(side, model_type):
     ],
 )
 def test_other_architectures_are_refused_by_name(side, model_type, reason):
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this version of Transformers has no {model_type}")
     configs = {"vision_config": VISION, "text_config": TEXT, f"{side}_config": AutoConfig.for_model(model_type)}
     with pytest.raises(ValueError, match=f"{side}_config is '{model_type}', which {reason}.*Choose an? "):
         AmorLIPModel(AmorLIPConfig(**configs))
 
 
 def test_reasons_are_of_architectures_that_transformers_knows():
-    known = dict.fromkeys(AutoConfig.for_model(name).model_type for name in REFUSED)
-    assert list(known) == list(REFUSED)
+    known = dict.fromkeys(AutoConfig.for_model(name).model_type for name in REFUSED if name in CONFIG_MAPPING)
+    assert list(known) == [name for name in REFUSED if name in CONFIG_MAPPING]
+    assert len(known) > len(REFUSED) / 2  # the others came with later versions
 
 
 @pytest.mark.slow
