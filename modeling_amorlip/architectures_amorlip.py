@@ -18,7 +18,7 @@ REASONS = {
         "sam_vision_model edgetam_vision_model table-transformer"
     ),
     "takes several images at once": "efficientloftr lightglue seggpt timesformer",
-    "takes images in a form of its own": "minicpm_ocr_vision minicpmv4_7_vision pixtral siglip2_vision_model",
+    "takes images in a form of its own": "minicpm_ocr_vision minicpmv4_7_vision pixtral",
     "reads lines or pages of text": (
         "mgp-str pp_ocrv5_mobile_rec pp_ocrv5_server_rec pp_ocrv6_medium_det pp_ocrv6_small_det pp_ocrv6_small_rec "
         "pp_ocrv6_tiny_rec uvdoc"
@@ -38,6 +38,8 @@ REASONS = {
     "makes sounds or embeds them": "musicgen musicgen_melody pe_audio pe_audio_video pe_video",
     "is an encoder-decoder, whose decoder needs inputs of its own": "t5gemma",
 }
+# Images in patches with masks and shapes, which `get_image_features` passes on: converted models of this kind work.
+WITH_OWN_INPUTS = {"siglip2_vision_model"}
 REFUSED = {name: reason for reason, names in REASONS.items() for name in names.split()}
 
 
@@ -63,6 +65,8 @@ def require_encoder(config: PreTrainedConfig, side: str, encoders: dict[str, Any
         ValueError: it has no encoder in Transformers, takes other inputs, or is known to fail; the message names it.
     """
     name, field = config.model_type, f"{side}_config"
+    if name in WITH_OWN_INPUTS:
+        return
     reason = REFUSED.get(name)
     if reason is None:
         encoder_class = encoders.get(name) or _encoder_class(config)
