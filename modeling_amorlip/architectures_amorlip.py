@@ -40,6 +40,8 @@ REASONS = {
     "makes sounds or embeds them": "musicgen musicgen_melody pe_audio pe_audio_video pe_video",
     "is an encoder-decoder, whose decoder needs inputs of its own": "t5gemma",
 }
+# Images in patches with masks and shapes, which `get_image_features` passes on: converted models of this kind work.
+WITH_OWN_INPUTS = {"siglip2_vision_model"}
 REFUSED = {name: reason for reason, names in REASONS.items() for name in names.split()}
 
 
@@ -65,6 +67,8 @@ def require_encoder(config: PreTrainedConfig, side: str, encoders: dict[str, Any
         ValueError: it has no encoder in Transformers, takes other inputs, or is known to fail; the message names it.
     """
     name, field = config.model_type, f"{side}_config"
+    if name in WITH_OWN_INPUTS:
+        return
     reason = REFUSED.get(name)
     if reason is None:
         encoder_class = encoders.get(name) or _encoder_class(config)
