@@ -29,13 +29,13 @@ APPS = [
     "gradio>=6",  # the page of eval/apps/demo.py
 ]
 EXPORT = [
-    "onnx>=1.17",  # both encoders for other runtimes
-    "onnxruntime>=1.20",  # running what was exported
-    "onnxscript>=0.5",  # PyTorch's ONNX exporter
+    "onnx>=1.23",  # both encoders for other runtimes
+    "onnxruntime>=1.30",  # running what was exported
+    "onnxscript>=0.7",  # PyTorch's ONNX exporter
 ]
 LORA = [
     *TRAIN,
-    "peft>=0.19.1",  # low-rank adapters
+    "peft>=0.20",  # low-rank adapters
 ]
 DEV = [
     *APPS,
@@ -74,7 +74,7 @@ setup(
         "Typing :: Typed",
     ],
     project_urls={"Paper": "https://arxiv.org/abs/2505.18983"},
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     # Only the model is installed: training and evaluation run from the checkout, and their names would collide with
     # those of other packages.
     packages=["modeling_amorlip"],
@@ -83,8 +83,8 @@ setup(
         "huggingface_hub>=1.33,<3",  # strict configuration classes (an internal module); the Hub
         "pillow>=11.3",  # decoding and resizing images
         "safetensors>=0.8",  # the only format weights are written in
-        "torch>=2.7",
-        "transformers>=5.13.1,<6",  # towers, Auto classes, processors, pipelines; some of its helpers are internal
+        "torch>=2.10",
+        "transformers>=5.20,<6",  # towers, Auto classes, processors, pipelines; some of its helpers are internal
     ],
     extras_require={"train": TRAIN, "eval": EVAL, "apps": APPS, "export": EXPORT, "lora": LORA, "dev": DEV},
 )

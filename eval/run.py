@@ -13,7 +13,7 @@ import argparse
 import os
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def start_report(arguments: argparse.Namespace, model: Any, processor: Any) -> R
         model=identify_model(arguments.model, model, processor, arguments.revision),
         scorings=[name for name in SCORINGS if name in ("cosine", *arguments.scoring)],
         code_version=_code_version(),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     if arguments.output and arguments.output.is_file():
         before = read_report(arguments.output)

@@ -9,8 +9,6 @@ from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, PreTrai
 
 
 INPUTS = {"vision": "pixel_values", "text": "input_ids"}
-PASSED_ON = ("pixel_attention_mask", "spatial_shapes")
-"""Further inputs that the processor of SigLIP 2 gives and the model passes on."""
 MODALITIES = {"vision": {"image"}, "text": {"text"}}
 # Architectures that build and then fail, or mean something else than an image's or a text's embedding.
 REASONS = {
@@ -110,6 +108,6 @@ def _mismatch(encoder_class: Any, side: str) -> str | None:
         for key, parameter in parameters.items()
         if parameter.default is parameter.empty
         and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and key not in ("self", main, *PASSED_ON)
+        and key not in ("self", main)
     ]
     return f"also needs {' and '.join(required)} ({name})" if required else None
