@@ -95,6 +95,7 @@ class Trainer:
         config, rank = self.config, self.accelerator.process_index
         self.output_dir = Path(config.output_dir)
         self.model, self.processor = self.built.model, self.built.processor
+        self.encoder, self.objective = self.module.encoder, self.module.objective
         self.bad_samples = BadSampleLog(self.logger, config.max_bad_fraction, rank, self.accelerator.num_processes)
         debug, device = self.output_dir / "debug", self.accelerator.device
         self.nonfinite = NonFiniteGuard(config, debug, rank, self.state.skipped_steps, device)

@@ -300,7 +300,7 @@ def test_evaluation_comes_after_the_checkpoint_and_is_made_up_for(recipe, task_f
     assert evaluated_steps(whole) == [2, 4, 6]
     with one_thread():
         trainer = build(path, "--output_dir", stopped)
-        fail_once(trainer.evaluator, "evaluate", at_call=2)
+        fail_once(trainer.evaluator, "_evaluate_model", at_call=2)
         with pytest.raises(RuntimeError):
             trainer.train()
     assert list_checkpoints(stopped)[-1].name == "step_00000004" and evaluated_steps(stopped) == [2]
