@@ -114,7 +114,7 @@ class AmorLIPPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, *args, **kwargs):
         # Whoever loads the folder with an Auto class and without this package gets what the package would give.
         module = __name__.rpartition(".")[2]
-        # A class derived elsewhere, FSDP2's included, is not in the code that is saved; the one it derives from is.
+        # A class that was derived in a script or notebook is not in the code that is saved; the one it derives from is.
         saved_class = next(base.__name__ for base in type(self).__mro__ if base.__module__ == __name__)
         auto_classes = AUTO_CLASSES | {"AutoModel": saved_class}
         self.config.auto_map = {auto: f"{module}.{name}" for auto, name in auto_classes.items()}

@@ -28,9 +28,9 @@ CLASSES = (
 every_pair = pytest.mark.parametrize("towers", TOWERS)
 
 
-def make_model(towers, model_class=AmorLIPModel, **fields):
+def make_model(towers, model_class=AmorLIPModel, layers=1, **fields):
     torch.manual_seed(0)
-    return model_class(make_config(towers, layers=1, **fields)).eval()
+    return model_class(make_config(towers, layers=layers, **fields)).eval()
 
 
 class Loss(nn.Module):
@@ -68,7 +68,7 @@ def test_functional_gradients(towers):
 
 def test_heads_learn_from_the_loss_without_changing_it():
     """The gradient of the heads is that of a regression on the batch's log-means; nothing else sees it."""
-    model, inputs = make_model("clip"), make_inputs(8)
+    model, inputs = make_model("clip", layers=2), make_inputs(8)
     outputs = model(**inputs, return_loss=True)
     labels, cross_entropy = torch.arange(8), nn.functional.cross_entropy
     logits = outputs.logits_per_image
@@ -296,9 +296,11 @@ def test_dynamic_quantization():
     torch.testing.assert_close(ours.log_partition_per_image, exact.log_partition_per_image, rtol=0, atol=0.1)
 
 
-def test_a_class_derived_elsewhere_is_saved_as_what_it_derives_from(tmp_path):
+def test_a_class_of_a_notebook_is_saved_as_what_it_derives_from(tmp_path):
+    """Its own code cannot be saved."""
+
     class Derived(AmorLIPTextModelWithProjection):
-        pass
+        __module__ = "__main__"
 
     model = Derived(make_config("clip", layers=1))
     model.save_pretrained(tmp_path)
