@@ -110,11 +110,11 @@ def survey(side: str) -> dict[str, str]:
 
 
 def try_architecture(model_type: str, side: str) -> str:
-    """Return "works" or "refused" for an architecture as the tower of a side."""
+    """Return "works", "refused" or "untried" for an architecture as the tower of a side."""
     try:
         config = CONFIG_MAPPING[model_type]()
-    except ImportError:
-        return "refused"
+    except Exception:  # it has no defaults, or needs another library
+        return "untried"
     try:
         require_encoder(config, side, ENCODERS)
     except (ValueError, ImportError) as refusal:
