@@ -98,7 +98,7 @@ def quantize_onnx(path: Path) -> list[Path]:
                 raw,
                 op_types_to_quantize=QUANTIZED_OPERATORS,
                 per_channel=True,
-                weight_type=QuantType.QInt8,
+                weight_type=QuantType.QUInt8,  # products with signed weights saturate on processors without VNNI
                 use_external_data_format=has_data,
             )
             return _save(onnx_ir.load(raw), output)
