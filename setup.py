@@ -22,7 +22,7 @@ EVAL = [
 TRAIN = [
     *EVAL,  # evaluation during and after training
     "jsonargparse>=4.40,<5",  # recipes and command line as typed dataclasses
-    "tokenizers>=0.22.2",  # training a BPE on the captions
+    "tokenizers>=0.23.1",  # training a BPE on the captions
 ]
 APPS = [
     *EVAL,

@@ -101,7 +101,10 @@ def save(converted: Converted, folder: str | os.PathLike) -> None:
 
 def convert_transformers(source: str | os.PathLike) -> Converted:
     """Convert a folder or a name on the Hub of Transformers' CLIP or SigLIP, whose towers are taken as they are."""
-    other = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+    try:
+        other = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+    except OSError as error:
+        raise OSError(f"{source} cannot be loaded: {error}") from error
     config = other.config
     projects = config.model_type == "clip"
     if not projects and not getattr(config.vision_config, "vision_use_head", True):

@@ -21,9 +21,12 @@ def load_amorlip(option: str, name: str | os.PathLike) -> tuple[AmorLIPModel, An
         name: a folder or a name on the Hub.
 
     Raises:
-        UserError: it is another model.
+        UserError: it cannot be loaded, or is another model.
     """
-    model = AutoModel.from_pretrained(name, dtype=torch.float32)
+    try:
+        model = AutoModel.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {name} cannot be loaded: {error}") from error
     if not isinstance(model, AmorLIPModel):
         raise UserError(f"{option} {name} is a {type(model).__name__}; name an AmorLIPModel.")
     try:
