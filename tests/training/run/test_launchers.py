@@ -154,8 +154,8 @@ def two_hosts():
 
 def start_on(host, rank, path, folder, *options):
     """Start the two processes of one host."""
-    launch = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2", "--node_rank", str(rank)]
-    launch += ["--master_addr", "10.77.0.1", "--master_port", "29511"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2", "--machine_rank", str(rank)]
+    launch += ["--num_processes", "4", "--main_process_ip", "10.77.0.1", "--main_process_port", "29511"]
     return subprocess.Popen(
         ["ip", "netns", "exec", host, sys.executable, *launch, "training/pretrain.py", "--config", path]
         + ["--output_dir", folder, *map(str, options)],
