@@ -16,7 +16,7 @@ import transformers
 from tests.helpers.checkout import ROOT
 
 
-pytestmark = [pytest.mark.interop, pytest.mark.e2e]
+pytestmark = pytest.mark.e2e
 HELPERS = ROOT / "tests/helpers/transformers_suite"
 FAST_CASES = (
     "clip_AmorLIPModel",
@@ -40,7 +40,8 @@ def suite(tmp_path_factory):
     pip = [sys.executable, "-m", "pip", "--quiet"]
     release = f"transformers=={transformers.__version__}"
     options = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest", str(folder)]
-    subprocess.run([*pip, "download", *options, release], check=True)
+    if subprocess.run([*pip, "download", *options, release]).returncode != 0:
+        pytest.skip("no package index has the source distribution")
     subprocess.run([*pip, "install", "--target", str(folder / "site"), "parameterized"], check=True)
     (archive,) = folder.glob("transformers-*.tar.gz")
     with tarfile.open(archive) as tar:
@@ -48,6 +49,7 @@ def suite(tmp_path_factory):
     return folder / archive.name.removesuffix(".tar.gz") / "tests", folder / "site"
 
 
+@pytest.mark.interop
 def test_transformers_own_tests_pass(suite):
     tests, site = suite
     variables = {"TRANSFORMERS_TESTS": str(tests), "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": str(site)}
