@@ -295,7 +295,10 @@ def connect(monkeypatch, hub, folder, token="hf_good"):
     """Let the client in this process talk to the hub, with an empty cache."""
     from huggingface_hub import constants
     from huggingface_hub.hf_api import api
+    from transformers.utils import hub as hub_of_transformers
 
+    # Transformers keeps a client of its own from the first request on, with the endpoint of then.
+    monkeypatch.setattr(hub_of_transformers, "_hf_api", None, raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     monkeypatch.setattr(api, "endpoint", hub.endpoint)  # functions such as list_repo_tree are methods of this object
     monkeypatch.setattr(
