@@ -9,7 +9,8 @@ from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, PreTrai
 
 
 INPUTS = {"vision": "pixel_values", "text": "input_ids"}
-MODALITIES = {"vision": {"image"}, "text": {"text"}}
+# What encoders of each side declare to take; a class that declares nothing inherits "text", whatever it takes.
+MODALITIES = {"vision": ({"image"}, {"image", "video"}, {"text"}), "text": ({"text"},)}
 # Architectures that build and then fail, or mean something else than an image's or a text's embedding.
 REASONS = {
     "returns objects or regions, not an embedding": (
@@ -65,7 +66,7 @@ def require_encoder(config: PreTrainedConfig, side: str, encoders: dict[str, Any
         ValueError: it has no encoder in Transformers, takes other inputs, or is known to fail; the message names it.
     """
     name, field = config.model_type, f"{side}_config"
-    if name in WITH_OWN_INPUTS:
+    if side == "vision" and name in WITH_OWN_INPUTS:
         return
     reason = REFUSED.get(name)
     if reason is None:
@@ -87,7 +88,10 @@ def _is_text_encoder(config: PreTrainedConfig) -> bool:
 def _encoder_class(config: PreTrainedConfig) -> Any:
     for mapping in (MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING):
         if type(config) in mapping:
-            encoder_class = mapping[type(config)]
+            try:
+                encoder_class = mapping[type(config)]
+            except ValueError:  # a name that Transformers lists without having the class
+                return None
             return encoder_class[0] if isinstance(encoder_class, list | tuple) else encoder_class
     return None
 
@@ -100,8 +104,7 @@ def _mismatch(encoder_class: Any, side: str) -> str | None:
         return f"does not take {main} ({name})"
     modalities = encoder_class.input_modalities
     modalities = {modalities} if isinstance(modalities, str) else set(modalities)
-    # A class that declares nothing inherits "text", whatever it takes.
-    if modalities - MODALITIES[side] - {"video"} and modalities != {"text"}:
+    if modalities not in MODALITIES[side]:
         return f"takes {', '.join(sorted(modalities))} ({name})"
     required = [
         key

@@ -104,7 +104,7 @@ def survey(side: str) -> dict[str, str]:
                 results[model_type] = try_architecture(model_type, side)
             except AssertionError as error:
                 failures.append(str(error))
-            print(model_type, results.get(model_type, failures[-1:]), flush=True)
+
     assert not failures, "\n".join(failures)
     return results
 
@@ -189,6 +189,8 @@ def make_texts(pad: str = "") -> dict[str, torch.Tensor]:
 def check_architecture(model: AmorLIPModel, side: str) -> None:
     """Raise unless a tower works: forward, padding, backward, bfloat16, saving and loading."""
     is_text = side == "text"
+    # SigLIP's texts are always padded to the same length, and their padding counts.
+    is_siglip = model.config.text_config.model_type.startswith("siglip")
     inputs = {**make_texts(), **make_images(model)}
     key = "text_embeds" if is_text else "image_embeds"
     with torch.no_grad():
@@ -196,8 +198,9 @@ def check_architecture(model: AmorLIPModel, side: str) -> None:
         assert expected.shape == (2, 16) and expected.isfinite().all(), "forward"
         alone = model(**{name: tensor[1:] for name, tensor in inputs.items()})[key]
         if is_text:
-            alone = model(input_ids=inputs["input_ids"][1:, :3]).text_embeds
-            for pad in ("right", "left"):
+            if not is_siglip:
+                alone = model(input_ids=inputs["input_ids"][1:, :3]).text_embeds
+            for pad in () if is_siglip else ("right", "left"):
                 padded = model(**make_texts(pad)).text_embeds
                 torch.testing.assert_close(padded, expected, rtol=1e-3, atol=1e-3, msg=lambda m: f"padding: {m}")
         torch.testing.assert_close(alone, expected[1:], rtol=1e-3, atol=1e-3, msg=lambda m: f"alone: {m}")

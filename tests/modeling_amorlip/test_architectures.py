@@ -35,6 +35,8 @@ def test_towers_with_peculiarities_work(side, model_type):
         ("vision", "muse_spark_vision", "also needs grid_thw"),
         ("text", "mbart", "is an encoder-decoder"),
         ("text", "wav2vec2", "does not take input_ids"),
+        ("vision", "videomae", "takes video"),
+        ("text", "siglip2_vision_model", "does not take input_ids"),
         ("text", "trocr", "has no encoder in Transformers"),
         ("text", "vilt", "takes image, text"),
     ],
