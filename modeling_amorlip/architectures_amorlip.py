@@ -44,20 +44,6 @@ WITH_OWN_INPUTS = {"siglip2_vision_model"}
 REFUSED = {name: reason for reason, names in REASONS.items() for name in names.split()}
 
 
-# Parts of the names of parameters that an embedding gives no gradient: choices of what to attend to, and inputs or
-# outputs that are not used. DistributedDataParallel would wait for them.
-WITHOUT_GRADIENT = (
-    "contact_head.",
-    "entity_embeddings.",
-    "xpath_unitseq2_embeddings.",
-    "_global.",
-    ".indexer.",
-    ".w2e_query",
-    ".e2w_query",
-    ".e2e_query",
-)
-
-
 def require_encoder(config: PreTrainedConfig, side: str, encoders: dict[str, Any]) -> None:
     """
     Raise unless an architecture can be the `"vision"` or `"text"` tower; `encoders` are classes that AutoModel lacks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 from typing import Any
@@ -20,7 +21,6 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .architectures_amorlip import WITHOUT_GRADIENT, require_encoder
 from .configuration_amorlip import AmorLIPConfig
 from .resnet_amorlip import AmorLIPResNetModel
 
@@ -41,6 +41,20 @@ class UnusedPooler(nn.Module):
         return hidden[:, 0]
 
 
+# Parts of the names of parameters that an embedding gives no gradient: choices of what to attend to, and inputs or
+# outputs that are not used. DistributedDataParallel would wait for them.
+WITHOUT_GRADIENT = (
+    "contact_head.",
+    "entity_embeddings.",
+    "xpath_unitseq2_embeddings.",
+    "_global.",
+    ".indexer.",
+    ".w2e_query",
+    ".e2w_query",
+    ".e2e_query",
+)
+
+
 def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
     """Build the `"vision"` or `"text"` encoder of a model with fresh weights, in the default dtype.
 
@@ -48,7 +62,8 @@ def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
         ValueError: the architecture cannot be a tower; the message names it.
     """
     config, pooling = getattr(config, f"{side}_config"), getattr(config, f"{side}_pooling")
-    require_encoder(config, side, ENCODERS)
+    if __name__ == "modeling_amorlip.encoders_amorlip":  # a saved folder's own code builds what was built before
+        importlib.import_module("modeling_amorlip.architectures_amorlip").require_encoder(config, side, ENCODERS)
     if getattr(config, "use_cache", False):  # of keys and values for generation, which nothing would read
         config.use_cache = False
     if config.dtype is not None:  # remembered from a checkpoint that the configuration came with

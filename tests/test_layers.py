@@ -16,7 +16,6 @@ TRAVELING = {
     "encoders_amorlip",
     "resnet_amorlip",
     "amortizer_amorlip",
-    "architectures_amorlip",
     "pipeline_amorlip",
 }
 SCRIPT_FOLDERS = sorted({path.parent for layer in LAYERS for path in (ROOT / layer).rglob("*.py")})

@@ -163,10 +163,10 @@ def test_the_code_in_a_folder_needs_nothing_else(models):
     allowed = {"torch", "transformers", "huggingface_hub", "safetensors"} | set(sys.stdlib_module_names)
     sources = sorted((root / "clip").glob("*.py"))
     names = {path.stem for path in sources}
-    towers = {"architectures_amorlip", "encoders_amorlip", "resnet_amorlip", "amortizer_amorlip"}
+    towers = {"encoders_amorlip", "resnet_amorlip", "amortizer_amorlip"}
     assert names == {"modeling_amorlip", "configuration_amorlip", "pipeline_amorlip"} | towers
     texts = [path.read_text() for path in sources]
-    assert sum(len(text.splitlines()) for text in texts) <= 1400
+    assert sum(len(text.splitlines()) for text in texts) <= 1300
     assert not [path for path, text in zip(sources, texts, strict=True) if "triton" in text.lower()]
     for path in sources:
         for node in ast.walk(ast.parse(path.read_text())):
