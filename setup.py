@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "modeling_amorlip/__init__
 
 EVAL = [
     "accelerate>=1.10,<2",  # devices, precision, processes
-    "datasets>=4.0",  # Parquet files, image folders and data sets of the Hub
+    "datasets>=4.2",  # Parquet files, image folders and data sets of the Hub
     "evaluate>=0.4.3",  # metrics as modules that others can load
     "jinja2>=3.1",  # model cards from their template
     "matplotlib>=3.10",  # plots and contact sheets
@@ -21,6 +21,7 @@ EVAL = [
 ]
 TRAIN = [
     *EVAL,  # evaluation during and after training
+    "fsspec[http]>=2025.5.1",  # shards on web servers and object stores; older clients hang in forked data workers
     "jsonargparse>=4.40,<5",  # recipes and command line as typed dataclasses
     "tokenizers>=0.23.1",  # training a BPE on the captions
 ]
