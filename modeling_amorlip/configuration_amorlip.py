@@ -182,19 +182,8 @@ def _vision_pooling(config: PreTrainedConfig) -> str:
     if config.model_type in ("deit", "radio", "vit", "vit_msn"):
         return "cls"  # their pooler, if there is one, is fresh in most checkpoints
     # And these have none, nor a CLS token that is trained.
-    without = [
-        "data2vec-vision",
-        "glpn",
-        "ijepa",
-        "internvl_vision",
-        "poolformer",
-        "pvt",
-        "pvt_v2",
-        "qianfan_ocr_vision",
-        "segformer",
-        "vitdet",
-    ]
-    return "mean" if config.model_type in without else "pooler"
+    without = "data2vec-vision glpn ijepa internvl_vision poolformer pvt pvt_v2 qianfan_ocr_vision segformer vitdet"
+    return "mean" if config.model_type in without.split() else "pooler"
 
 
 def _text_pooling(config: PreTrainedConfig) -> str:

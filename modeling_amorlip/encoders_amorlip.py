@@ -43,7 +43,7 @@ class UnusedPooler(nn.Module):
 
 # Parts of the names of parameters that an embedding gives no gradient: choices of what to attend to, and inputs or
 # outputs that are not used. DistributedDataParallel would wait for them.
-WITHOUT_GRADIENT = (
+WITHOUT_GRADIENT = [
     "contact_head.",
     "entity_embeddings.",
     "xpath_unitseq2_embeddings.",
@@ -52,7 +52,7 @@ WITHOUT_GRADIENT = (
     ".w2e_query",
     ".e2w_query",
     ".e2e_query",
-)
+]
 
 
 def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:

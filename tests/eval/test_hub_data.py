@@ -10,17 +10,9 @@ from eval.models import identify_model, load_model, revision
 from eval.report import read_report
 from eval.tasks import Task
 from modeling_amorlip.cli_amorlip import UserError
-from tests.helpers.hub_server import Hub, Repository, connect
+from tests.helpers.hub_server import Repository
 from tests.helpers.models import save_model
 from tests.helpers.tasks import run_main, write_classification
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    hub = Hub()
-    connect(monkeypatch, hub, tmp_path)
-    yield hub
-    hub.close()
 
 
 def upload(hub, name, folder):

@@ -12,21 +12,12 @@ from eval.models import hash_files, weight_files
 from eval.publish import publish
 from eval.report import Metric, ModelRecord, Report, TaskResult
 from modeling_amorlip.cli_amorlip import UserError
-from tests.helpers.hub_server import Hub, connect
 from tests.helpers.models import make_model, save_model
 from tests.helpers.tasks import run_main
 
 
 REPO = "user/tiny"
 SECRET = "/home/someone/secret"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    hub = Hub()
-    connect(monkeypatch, hub, tmp_path)
-    yield hub
-    hub.close()
 
 
 @pytest.fixture

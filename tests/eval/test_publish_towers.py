@@ -29,7 +29,7 @@ from modeling_amorlip.convert_amorlip_to_clip import convert_to_transformers
 from modeling_amorlip.loading_amorlip import load_amorlip
 from tests.helpers.checkout import DEMO, ROOT
 from tests.helpers.dual_encoders import randomize_biases
-from tests.helpers.hub_server import Hub, connect, environment
+from tests.helpers.hub_server import environment
 from tests.helpers.models import TOWER, save_model, save_siglip
 
 
@@ -99,14 +99,6 @@ def look(name, **options):
     results.update({{f"{{key}}.image": outputs.image_embeds.numpy(), f"{{key}}.text": outputs.text_embeds.numpy()}})
     results[f"{{key}}.scores"] = numpy.array([scores[label] for label in {LABELS}])
 """
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    hub = Hub()
-    connect(monkeypatch, hub, tmp_path)
-    yield hub
-    hub.close()
 
 
 def assert_no_paths(hub, tmp_path):

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -278,7 +279,6 @@ def test_distributed_training_with_gradient_checkpointing(tmp_path):
 @pytest.mark.parametrize("targets", ["all-linear", ["fc1", "fc2"]])
 def test_adapters_reach_the_heads(targets):
     """Names of CLIP's layers are names of the heads' too."""
-    peft = pytest.importorskip("peft")
     model = peft.get_peft_model(make_model("clip"), peft.LoraConfig(r=2, target_modules=targets))
     before = model(**make_inputs()).log_partition_per_image
     nn.init.ones_(model.base_model.model.amortizer.image_head.fc1.lora_B.default.weight)
@@ -309,7 +309,6 @@ def test_a_class_of_a_notebook_is_saved_as_what_it_derives_from(tmp_path):
 
 
 def test_adapters_save_the_embeddings(tmp_path):
-    peft = pytest.importorskip("peft")
     make = functools.partial(peft.LoraConfig, r=2, target_modules=["q_proj"])
     for model_class in (AmorLIPModel, AmorLIPTextModelWithProjection):
         model = peft.get_peft_model(make_model("clip", model_class), make())

@@ -118,7 +118,7 @@ class ShardCache:
 
         def copy_once() -> None:
             digest, expected = _write_content(remote, partial), remote.checksum
-            if expected is None or digest == expected.digest:
+            if expected is None or digest is None or digest == expected.digest:
                 return
             if not expected.is_certain and (digest in digests or self._ignores_uncertain_checksums):
                 self._ignores_uncertain_checksums = True
@@ -153,18 +153,19 @@ class ShardCache:
             yield
 
 
-def _write_content(remote: RemoteFile, partial: Path) -> str:
-    """Write the content of a file, and return its digest as its checksum is computed."""
-    digest = hashlib.new(remote.checksum.algorithm if remote.checksum else "md5", usedforsecurity=False)
+def _write_content(remote: RemoteFile, partial: Path) -> str | None:
+    """Write the content of a file, and return its digest as its checksum is computed; None if it has no checksum."""
+    digest = hashlib.new(remote.checksum.algorithm, usedforsecurity=False) if remote.checksum else None
     with partial.open("r+b") as file:
         offset = 0
         while offset < remote.size:
             end = min(offset + CHUNK_BYTES, remote.size)
             content = retry(remote.name, functools.partial(_read_range, remote, offset, end))
             file.write(content)
-            digest.update(content)
+            if digest:
+                digest.update(content)
             offset += len(content)
-    return digest.hexdigest()
+    return digest.hexdigest() if digest else None
 
 
 def _read_range(remote: RemoteFile, start: int, end: int) -> bytes:

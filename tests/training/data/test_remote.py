@@ -9,6 +9,7 @@ import shutil
 import threading
 from types import SimpleNamespace
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -256,7 +257,6 @@ def test_shards_of_the_hub_are_read_by_its_client(rows, cache, tmp_path, monkeyp
 
 
 def test_other_stores_are_read_through_fsspec(rows, tmp_path, cache):
-    fsspec = pytest.importorskip("fsspec")
     write_shards(rows, tmp_path / "shards")
     store = fsspec.filesystem("memory")
     for path in (tmp_path / "shards").iterdir():
