@@ -27,11 +27,11 @@ TRAIN = [
 ]
 APPS = [
     *EVAL,
-    "gradio>=6",  # the page of eval/apps/demo.py
+    "gradio>=6.20",  # the page of eval/apps/demo.py
 ]
 EXPORT = [
-    "onnx>=1.23",  # both encoders for other runtimes
-    "onnxruntime>=1.30",  # running what was exported
+    "onnx>=1.23.2",  # both encoders for other runtimes
+    "onnxruntime>=1.32",  # running what was exported
     "onnxscript>=0.7",  # PyTorch's ONNX exporter
 ]
 LORA = [

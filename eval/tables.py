@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from eval.tasks import Task
 from modeling_amorlip.cli_amorlip import UserError
@@ -58,15 +60,27 @@ def _split_of(file: str, requested: str) -> str:
 def load_parquet(files: Iterable[str], task: Task) -> datasets.Dataset:
     """Return the rows of parquet files; raise `UserError` when they cannot be read."""
     files = list(files)
+    if not (files_with_rows := leave_out_empty(files)):
+        raise UserError(f"{task.name}: {', '.join(files)} has no rows; fetch or write it again.")
     try:
-        return datasets.load_dataset("parquet", data_files=files, split="train")
+        return datasets.load_dataset("parquet", data_files=files_with_rows, split="train")
     except Exception as error:  # `datasets` raises many types and hides the cause behind its own
         cause = error.__cause__ or error
-        if "corresponds to no data" in str(cause):
-            raise UserError(f"{task.name}: {', '.join(files)} has no rows; fetch or write it again.") from None
         raise UserError(
             f"{task.name}: its parquet files cannot be read: {str(cause).strip().splitlines()[0]}"
         ) from None
+
+
+def leave_out_empty(files: Iterable[str]) -> list[str]:
+    """Return the parquet files that have rows, or cannot be read; `datasets` fails on those without rows."""
+
+    def is_empty(file: str) -> bool:
+        try:
+            return pq.read_metadata(file).num_rows == 0
+        except (OSError, pa.ArrowException):  # `datasets` says why
+            return False
+
+    return [file for file in files if not is_empty(file)]
 
 
 def image_source(value: Any, where: str) -> bytes | str:

@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -115,9 +116,18 @@ def test_wrong_sample_is_named(members, message, tmp_path):
 @pytest.mark.parametrize("is_repository", [True, False])
 def test_table_without_rows_is_named(kind, column, is_repository, tmp_path):
     """A download that wrote a schema alone: refused when training or evaluation looks for its data, not after."""
-    write_parquet(tmp_path / "wds_mine/test-0.parquet", **{column: ["a"]})
-    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "wds_mine/test-0.parquet"), split="train")
-    rows.select([]).to_parquet(tmp_path / "wds_mine/test-0.parquet")
+    path = tmp_path / "wds_mine/test-0.parquet"
+    write_parquet(path, **{column: ["a"]})
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
     source = {"repositories": ("x/wds_mine",)} if is_repository else {"data": "wds_mine/test-0.parquet"}
     with pytest.raises(UserError, match="mine: .*test-0.parquet has no rows"):
         find_data(Task("mine", kind=kind, **source), tmp_path)
+
+
+def test_empty_file_among_others_costs_nothing(tmp_path):
+    folder = tmp_path / "wds_mine"
+    for name in ("test-0.parquet", "test-1.parquet"):
+        write_parquet(folder / name, label=["a", "b"])
+    pq.write_table(pq.read_table(folder / "test-1.parquet").slice(0, 0), folder / "test-1.parquet")
+    data = find_data(Task("mine", repositories=("x/wds_mine",)), tmp_path)
+    assert len(list(data.samples())) == 2

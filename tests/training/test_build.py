@@ -4,6 +4,7 @@ import sys
 from types import SimpleNamespace
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
@@ -76,7 +77,7 @@ def test_bad_data_ends_in_one_clear_message(recipe, demo_rows, tmp_path, case, m
     raw = demo_rows.cast_column("image", datasets.Image(decode=False))
     path = tmp_path / "bad.parquet"
     if case == "empty":
-        raw.select([]).to_parquet(path)
+        pq.write_table(raw.data.table.slice(0, 0), path)
     elif case == "empty folder":
         path = tmp_path / "folder"
         path.mkdir()

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from eval.tables import leave_out_empty
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
 from training.data.arrow_files import choose_cache, convert_table
@@ -96,6 +97,8 @@ def _load_files(source: str, files: list[str], config: DataConfig) -> Table:
         raise UserError(f"train_data {source}: {pointers[0]} is a Git LFS pointer; fetch the file with git lfs pull.")
     if suffix == ".json" and len(files) == 1 and (coco := _load_coco(files[0], config)) is not None:
         return coco
+    if suffix == ".parquet" and not (files := leave_out_empty(files)):
+        raise UserError(f"train_data {source} has no rows.")
     return _load_dataset(TABLE_LOADERS[suffix], folder, data_files={split: files}, split=split)
 
 
