@@ -15,7 +15,7 @@ from tests.helpers.models import save_model
 from tests.helpers.tasks import run_main
 
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 WORDS = {"vocab_size": 700, "max_position_embeddings": 77, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
 CLIP = {"vision_config": TINY["vision_config"], "text_config": {**TINY["text_config"], **WORDS}}
 RESNET = {"model_type": "amorlip_resnet", "width": 8, "depths": [1, 1, 1, 1], "num_attention_heads": 4}
