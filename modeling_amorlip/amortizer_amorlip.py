@@ -194,11 +194,8 @@ class RandomFeaturesHead(AmortizerHead):
         self.log_weights = nn.Parameter(torch.zeros(config.size))
 
     def forward(self, embeds: Tensor, scale: Tensor, bias: Tensor | float) -> Tensor:
-        return (
-            _log_mean_exp(scale.sqrt() * embeds @ self.frequencies.float().T + self.log_weights.float())
-            - scale / 2
-            + bias
-        )
+        logits = scale.sqrt() * embeds @ self.frequencies.float().T + self.log_weights.float()
+        return _log_mean_exp(logits) - scale / 2 + bias
 
     def reset_parameters(self) -> None:
         self.log_weights.zero_()
@@ -214,9 +211,7 @@ def infonce_loss(logits: Tensor, log_partition_per_image: Tensor, log_partition_
     The heads' own loss adds nothing to the value, and nothing to the gradient of anything but the heads.
     """
     if logits.shape[0] != logits.shape[1]:
-        raise ValueError(
-            f"return_loss needs pairs, and there are {logits.shape[0]} images and {logits.shape[1]} texts."
-        )
+        raise ValueError(f"return_loss needs pairs; there are {logits.shape[0]} images and {logits.shape[1]} texts.")
     labels = torch.arange(len(logits), device=logits.device)
     loss = (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
     for predicted, target in ((log_partition_per_image, logits), (log_partition_per_text, logits.T)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 from typing import Any
 
 import torch
@@ -43,16 +44,9 @@ class UnusedPooler(nn.Module):
 
 # Parts of the names of parameters that an embedding gives no gradient: choices of what to attend to, and inputs or
 # outputs that are not used. DistributedDataParallel would wait for them.
-WITHOUT_GRADIENT = [
-    "contact_head.",
-    "entity_embeddings.",
-    "xpath_unitseq2_embeddings.",
-    "_global.",
-    ".indexer.",
-    ".w2e_query",
-    ".e2w_query",
-    ".e2e_query",
-]
+WITHOUT_GRADIENT = re.compile(
+    r"contact_head\.|entity_embeddings\.|xpath_unitseq2_embeddings\.|_global\.|\.indexer\.|\.(w2e|e2w|e2e)_query"
+)
 
 
 def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
@@ -77,7 +71,7 @@ def build_encoder(config: AmorLIPConfig, side: str) -> PreTrainedModel:
     if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
         encoder.pooler = UnusedPooler()
     for name, parameter in encoder.named_parameters():
-        if any(part in name for part in WITHOUT_GRADIENT):
+        if WITHOUT_GRADIENT.search(name):
             parameter.requires_grad_(False)
     for module in encoder.modules():
         if isinstance(token := getattr(module, "mask_token", None), nn.Parameter):
@@ -120,9 +114,8 @@ def load_encoder(source: str | os.PathLike | PreTrainedModel, side: str) -> PreT
     Load a trained `"vision"` or `"text"` encoder in float32 from a folder or a name on the Hub, or take a model. A dual
     encoder such as CLIP gives its tower of that side.
     """
-    if isinstance(source, PreTrainedModel):
-        model = source
-    else:
+    model: Any = source
+    if not isinstance(source, PreTrainedModel):
         model = _encoder_class(AutoConfig.from_pretrained(source)).from_pretrained(source, dtype=torch.float32)
     return getattr(model, f"{side}_model", model)
 
@@ -235,12 +228,8 @@ def pad_right(attention_mask: Tensor, *tokens: Tensor | None) -> tuple[Any, ...]
 
 
 def _with_pooling(outputs: Any, pooled: Tensor) -> BaseModelOutputWithPooling:
-    return BaseModelOutputWithPooling(
-        last_hidden_state=outputs.last_hidden_state,
-        pooler_output=pooled,
-        hidden_states=outputs.get("hidden_states"),
-        attentions=outputs.get("attentions"),
-    )
+    states, attentions = outputs.get("hidden_states"), outputs.get("attentions")
+    return BaseModelOutputWithPooling(outputs.last_hidden_state, pooled, states, attentions)
 
 
 def _encoder_class(config: PreTrainedConfig) -> Any:

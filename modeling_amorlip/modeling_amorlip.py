@@ -30,6 +30,9 @@ from .encoders_amorlip import (
 )
 
 
+Encoder = str | os.PathLike | dict | PreTrainedConfig | PreTrainedModel
+
+
 @dataclass
 class AmorLIPOutput(ModelOutput):
     """
@@ -143,14 +146,7 @@ class AmorLIPModel(AmorLIPPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_encoders(
-        cls,
-        vision: str | os.PathLike | dict | PreTrainedConfig | PreTrainedModel,
-        text: str | os.PathLike | dict | PreTrainedConfig | PreTrainedModel,
-        *,
-        freeze: Iterable[str] = (),
-        **config,
-    ) -> AmorLIPModel:
+    def from_encoders(cls, vision: Encoder, text: Encoder, *, freeze: Iterable[str] = (), **config) -> AmorLIPModel:
         """
         Build a model of two encoders with their weights; projections, logit scale and amortizer are fresh.
 

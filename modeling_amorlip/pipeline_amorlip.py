@@ -41,9 +41,8 @@ class AmorLIPZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipe
         texts = [hypothesis_template.format(label) for label in candidate_labels]
         tokenizer_kwargs = options.get("tokenizer_kwargs") or {}
         inputs["candidate_labels"] = candidate_labels
-        inputs["text_inputs"] = [
-            tokenize_texts(self.tokenizer, self.model.config.text_config, texts, **tokenizer_kwargs)
-        ]
+        text_inputs = tokenize_texts(self.tokenizer, self.model.config.text_config, texts, **tokenizer_kwargs)
+        inputs["text_inputs"] = [text_inputs]
         return inputs
 
     def postprocess(self, model_outputs):
@@ -57,6 +56,5 @@ class AmorLIPZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipe
 def register_pipeline() -> None:
     """Let `pipeline("zero-shot-image-classification")` make this class, which serves other models as before."""
     # The entry is edited, since registering it again would warn.
-    PIPELINE_REGISTRY.supported_tasks["zero-shot-image-classification"]["impl"] = (
-        AmorLIPZeroShotImageClassificationPipeline
-    )
+    task = PIPELINE_REGISTRY.supported_tasks["zero-shot-image-classification"]
+    task["impl"] = AmorLIPZeroShotImageClassificationPipeline

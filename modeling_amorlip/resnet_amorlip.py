@@ -36,9 +36,8 @@ class AmorLIPResNetBlock(GradientCheckpointingLayer):
         self.bn3 = AmorLIPResNetLastNorm(4 * channels)
         self.downsample = None
         if stride > 1 or in_channels != 4 * channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, 4 * channels, 1, bias=False), nn.BatchNorm2d(4 * channels)
-            )
+            convolution = nn.Conv2d(in_channels, 4 * channels, 1, bias=False)
+            self.downsample = nn.Sequential(convolution, nn.BatchNorm2d(4 * channels))
 
     def forward(self, hidden: Tensor) -> Tensor:
         with frozen_statistics(self) if _is_recomputation() else contextlib.nullcontext():
@@ -125,11 +124,7 @@ class AmorLIPResNetModel(PreTrainedModel):
         self.post_init()
 
     def forward(
-        self,
-        pixel_values: Tensor,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs,
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None, **kwargs
     ) -> BaseModelOutputWithPooling | tuple:
         """
         Map [N, 3, image_size, image_size] to `last_hidden_state` [N, 32 width, image_size / 32, image_size / 32] and
@@ -152,11 +147,8 @@ class AmorLIPResNetModel(PreTrainedModel):
                 states.append(hidden)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        outputs = BaseModelOutputWithPooling(
-            last_hidden_state=hidden,
-            pooler_output=self.attnpool(hidden),
-            hidden_states=tuple(states) if output_hidden_states else None,
-        )
+        hidden_states = tuple(states) if output_hidden_states else None
+        outputs = BaseModelOutputWithPooling(hidden, self.attnpool(hidden), hidden_states)
         return outputs.to_tuple() if return_dict is False else outputs
 
     @torch.no_grad()

@@ -166,7 +166,7 @@ def test_the_code_in_a_folder_needs_nothing_else(models):
     towers = {"encoders_amorlip", "resnet_amorlip", "amortizer_amorlip"}
     assert names == {"modeling_amorlip", "configuration_amorlip", "pipeline_amorlip"} | towers
     texts = [path.read_text() for path in sources]
-    assert sum(len(text.splitlines()) for text in texts) <= 1281
+    assert sum(len(text.splitlines()) for text in texts) <= 1250
     assert not [path for path, text in zip(sources, texts, strict=True) if "triton" in text.lower()]
     for path in sources:
         for node in ast.walk(ast.parse(path.read_text())):
