@@ -75,9 +75,7 @@ class AmorLIPResNetConfig(PreTrainedConfig):
         if len(self.depths) != 4 or min(self.depths) < 1:
             raise ValueError(f"depths is {self.depths}; give four numbers of blocks, such as (3, 4, 6, 3).")
         if self.num_attention_heads < 1 or 32 * self.width % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads is {self.num_attention_heads}; it must divide 32 * width, {32 * self.width}."
-            )
+            raise ValueError(f"num_attention_heads is {self.num_attention_heads}; it must divide {32 * self.width}.")
         if self.image_size < 32 or self.image_size % 2:
             raise ValueError(f"image_size is {self.image_size}; it must be an even number of at least 32.")
 

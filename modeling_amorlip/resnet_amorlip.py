@@ -133,9 +133,8 @@ class AmorLIPResNetModel(PreTrainedModel):
         Raises:
             ValueError: the images have another size than the pool's position embeddings are made for.
         """
-        size = self.config.image_size
-        if pixel_values.shape[-2:] != (size, size):
-            height, width = pixel_values.shape[-2:]
+        (height, width), size = pixel_values.shape[-2:], self.config.image_size
+        if (height, width) != (size, size):
             raise ValueError(f"pixel_values are {height} x {width}; this encoder takes images of {size} x {size}.")
         hidden = self.bn1(self.conv1(pixel_values)).relu()
         hidden = self.bn2(self.conv2(hidden)).relu()
