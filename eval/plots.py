@@ -117,8 +117,9 @@ def score_bars(scores: Sequence[tuple[str, float, Sequence[float] | None, float 
     """
     figure, axis = plt.subplots(figsize=(7, 1 + 0.24 * len(scores)))
     for place, (_, value, interval, random_score) in enumerate(scores):
-        bounds = [[100 * (value - interval[0])], [100 * (interval[1] - value)]] if interval else None
-        axis.barh(place, 100 * value, xerr=bounds, height=0.7, color="tab:blue", ecolor="gray")
+        axis.barh(place, 100 * value, height=0.7, color="tab:blue")
+        if interval:  # of few resamples, it may lie beside the value
+            axis.plot([100 * bound for bound in interval], [place, place], color="gray")
         if random_score is not None:
             axis.plot([100 * random_score] * 2, [place - 0.35, place + 0.35], color="black")
     axis.set_yticks(range(len(scores)), [name for name, *_ in scores], fontsize=8)

@@ -34,6 +34,13 @@ def test_report_survives_json(tmp_path):
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"r.json", "r.csv", "r.png"}
 
 
+def test_interval_of_few_resamples_may_lie_beside_the_value(tmp_path):
+    report = make_report()
+    report.tasks["cars"].scores["cosine"]["acc1"] = Metric(0.5, [0.51, 0.6])
+    report.write(tmp_path / "r.json", plot=True)
+    assert (tmp_path / "r.png").stat().st_size > 0
+
+
 def test_prints_tables(capsys):
     report = make_report()
     print_report(report)
