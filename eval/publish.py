@@ -87,11 +87,7 @@ def publish(
         files[".eval_results/amorlip.yaml"] = yaml.safe_dump(entries, sort_keys=False).encode()
     api = HfApi(token=token)
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.model_info(repo_id).private:
-            raise UserError(f"--private: {repo_id} exists and is public; make it private on the Hub, or name another.")
-        if revision:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        _create_repository(api, repo_id, private, revision)
         if old := _read_card(repo_id, revision, token):
             card = merge_cards(card, old)
         files["README.md"] = card.encode()
@@ -102,6 +98,15 @@ def publish(
     except Exception as error:  # the client and what lies under it raise many types
         raise UserError(_explain(error, repo_id)) from error
     return commit.pr_url or commit.commit_url
+
+
+def _create_repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
+    """Create a repository and its branch where they do not exist; an existing one keeps its visibility."""
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.model_info(repo_id).private:
+        raise UserError(f"--private: {repo_id} exists and is public; make it private on the Hub, or name another.")
+    if revision:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
 
 
 def check_repo_id(repo_id: str) -> None:

@@ -19,6 +19,7 @@ from eval.metrics.mean_per_class_recall import mean_per_class_recall
 from eval.metrics.top_k_accuracy import top_k_accuracy
 from eval.metrics.worst_group_accuracy import worst_group_accuracy
 from eval.scoring import SinkhornSettings, log_partition_corrections
+from eval.tables import fill_template
 from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.embedder_amorlip import stream_texts
 
@@ -34,7 +35,7 @@ def build_classifier(
 
     Prompts are encoded a batch at a time and summed by class, so memory does not grow with the number of templates.
     """
-    prompts = (template.replace("{c}", name).replace("{}", name) for template in templates for name in classes)
+    prompts = (fill_template(template, name) for template in templates for name in classes)
     sums: Tensor | None = None
     start = 0
     for embeds in stream_texts(model, processor, prompts, batch_size):

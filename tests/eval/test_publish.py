@@ -116,9 +116,7 @@ def test_card_that_was_edited_on_the_hub_keeps_its_sections(hub, run_folder, tmp
     repository = hub.repositories[REPO]
     files = dict(repository.at("main")[1])
     card = files["README.md"].decode()
-    card = "\ufeff" + card.replace("license: apache-2.0", "license: mit\nlanguage: de").replace(
-        "- clip\n", "- clip\n- mine\n"
-    )
+    card = card.replace("license: apache-2.0", "license: mit\nlanguage: de").replace("- clip\n", "- clip\n- mine\n")
     card = card.replace("## Limits\n", "## Thanks\n\nTo everyone.\n\n## Limits\n\nOnly emoji.\n")
     files["README.md"] = card.encode("utf-8-sig")  # as some editors do
     repository.branches["main"] = repository.add(files, "edited")
