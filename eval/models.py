@@ -68,14 +68,16 @@ def load_model(
 
 
 def _load_from_transformers(name: str, dtype: torch.dtype | None, revision: str | None) -> tuple[Any, Any]:
-    from transformers import AutoModel, AutoProcessor
+    from transformers import AutoProcessor
+
+    from modeling_amorlip.loading_amorlip import load_complete
 
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
         raise UserError(f"--model {name}: there is no such folder.")
     path = str(Path(name).expanduser()) if name.startswith("~") else name
     options: dict[str, Any] = {"revision": revision} if revision else {}
     try:
-        model = AutoModel.from_pretrained(path, **options, **({"dtype": dtype} if dtype else {}))
+        model = load_complete(path, **options, **({"dtype": dtype} if dtype else {}))
     except Exception as error:  # Transformers, safetensors and the Hub's client raise many types
         raise UserError(f"--model {name} cannot be loaded: {_first_line(error)}") from None
     if missing := [m for m in ("get_image_features", "get_text_features") if not hasattr(model, m)]:

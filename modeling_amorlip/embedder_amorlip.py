@@ -144,7 +144,7 @@ class Embedder:
         _check_options(kwargs, batch_size)
         is_single = isinstance(inputs, str | Image.Image) or isinstance(inputs, Mapping) and not _is_batch(inputs)
         is_several = isinstance(inputs, Iterable) and not isinstance(inputs, str | Image.Image | Mapping)
-        entries: Iterable = inputs if is_several else [inputs]
+        entries: Any = inputs if is_several else [inputs]
         rows = [row for entry in entries for row in _rows(entry)]
         if not rows:
             raise ValueError("encode was given nothing to encode.")
