@@ -27,7 +27,7 @@ from eval.model_card import evaluation_entries, has_curves, make_card, merge_car
 from eval.models import config_hash, hash_files, weight_files
 from eval.plots import training_curves
 from eval.private import hide_private
-from eval.report import read_report
+from eval.report import check_writable, read_report
 from eval.tasks import ROOT
 from modeling_amorlip.cli_amorlip import UserError, cli_entry_point
 
@@ -241,6 +241,7 @@ def main() -> int:
     add("--card_only", type=Path, metavar="FILE", help="Write the card to a file and send nothing.")
     arguments = parser.parse_args()
     if arguments.card_only:
+        check_writable("--card_only", arguments.card_only)
         collect_files(arguments.folder, arguments.results)
         card = make_card(arguments.folder, arguments.repo_id, read_results(arguments.folder, arguments.results))
         arguments.card_only.write_text(str(card), encoding="utf-8")

@@ -159,7 +159,7 @@ def _check_labels(data: TaskData, labels: Tensor) -> None:
 def _class_prior(data: TaskData) -> Tensor | None:
     """Return the task's expected shares of classes [C], None if it gives none."""
     prior = data.task.class_prior
-    if prior and (len(prior) != len(data.classes) or min(prior) <= 0):
+    if prior and (len(prior) != len(data.classes) or not all(0 < value < float("inf") for value in prior)):
         raise UserError(
             f"Task {data.task.name}: class_prior has {len(prior)} values for {len(data.classes)} classes; "
             "give one value above 0 per class."

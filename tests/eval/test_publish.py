@@ -246,5 +246,8 @@ def test_card_without_a_hub(run_folder, tmp_path, monkeypatch, capsys):
     command = [run_folder, "--repo_id", REPO, "--card_only", card]
     assert run_main(monkeypatch, eval.publish, *command) == 0
     assert "has not been evaluated" in card.read_text()
+    blocked = [run_folder, "--repo_id", REPO, "--card_only", card / "below.md"]
+    assert run_main(monkeypatch, eval.publish, *blocked) == 1
+    assert "--card_only" in capsys.readouterr().err
     assert run_main(monkeypatch, eval.publish, *command, "--results", card) == 1
     assert "is not what eval/run.py writes" in capsys.readouterr().err

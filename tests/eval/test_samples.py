@@ -1,5 +1,7 @@
 """Values that a sample cannot have: named with the sample, and never taken for something else."""
 
+import dataclasses
+
 import datasets
 import pytest
 from PIL import Image, UnidentifiedImageError
@@ -114,3 +116,10 @@ def test_metadata_that_does_not_fit_is_named(metadata, tmp_path):
 
 def test_name_with_braces_is_filled_in_once():
     assert [fill_template(template, "C{}") for template in ("a {c}.", "a {}.")] == ["a C{}."] * 2
+
+
+@pytest.mark.parametrize("prior", [(1.0,), (0.0, 1.0), (float("nan"), 1.0), (float("inf"), 1.0)])
+def test_wrong_class_prior_is_named(task, prior):
+    wrong = dataclasses.replace(task[0], class_prior=prior)
+    with pytest.raises(UserError, match="class_prior has .* for 2 classes; give one value above 0 per class"):
+        evaluate_task(*make_model(), wrong, task[1].parent, scorings=("sinkhorn",), resamples=0)
