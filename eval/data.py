@@ -7,7 +7,6 @@ A folder in the WebDataset layout holds `test/0.tar ...`, `test/nshards.txt`, `c
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,47 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from PIL import Image
 
+from eval.samples import Sample, sample_of_members, sample_of_row
 from eval.tables import (
-    check_strings,
+    check_classes,
     check_templates,
-    image_source,
     label_values,
     load_parquet,
+    number_classes,
+    read_text,
     select_split,
 )
 from eval.tars import read_tar
 from eval.tasks import Task
 from modeling_amorlip.cli_amorlip import UserError
-from modeling_amorlip.images_amorlip import IMAGE_EXTENSIONS, convert_to_rgb, open_image
 
 
 HUB = Path("hub")
 """The `data_dir` that stands for repositories on the Hub."""
-MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own limit
 SHARD_SIZE = 2**32  # above any shard's number of samples
-
-
-@dataclass
-class Sample:
-    """Undecoded images with what the task knows of them.
-
-    An instance of WinoGAViL has several images, its prompt as the only caption, and the right images' places.
-    """
-
-    key: str
-    images: list[bytes | str]
-    label: int = -1
-    captions: list[str] = field(default_factory=list)
-    metadata: np.ndarray | None = None
-    associations: list[int] = field(default_factory=list)
-
-    def decode(self) -> list[Image.Image]:
-        """Return the images in RGB; raise whatever Pillow raises for data that is no image."""
-        return [convert_to_rgb(open_image(image, MAX_IMAGE_PIXELS)) for image in self.images]
 
 
 @dataclass
@@ -102,7 +80,7 @@ class TaskData:
         batch: list[tuple[int, Sample]] = []
         path = self._local_shard(shard)
         for index, key, members in read_tar(path, lambda index: index // batch_size % stripes == stripe):
-            batch.append((shard * SHARD_SIZE + index, _sample_of_members(f"{path.name}: {key}", members)))
+            batch.append((shard * SHARD_SIZE + index, sample_of_members(f"{path.name}: {key}", members)))
             if (index + 1) % batch_size == 0:
                 yield batch
                 batch = []
@@ -118,7 +96,7 @@ class TaskData:
             indices = {position % SHARD_SIZE for position in positions if position // SHARD_SIZE == shard}
             path = self._local_shard(shard)
             for index, key, members in read_tar(path, indices.__contains__):
-                samples[shard * SHARD_SIZE + index] = _sample_of_members(f"{path.name}: {key}", members)
+                samples[shard * SHARD_SIZE + index] = sample_of_members(f"{path.name}: {key}", members)
         return [samples[position] for position in positions]
 
     def align_labels(self, reference: TaskData) -> None:
@@ -148,43 +126,8 @@ class TaskData:
 
     def _sample_of_row(self, index: int) -> Sample:
         assert self.rows is not None
-        task, key = self.task, f"row {index}"
         (row,) = self.rows[[index]].to_pylist()
-        where = f"{task.name}: {key}"
-        if task.kind == "winogavil":
-            chosen = [row["candidates"].index(name) for name in row["associations"]]
-            images = [image_source(value, where) for value in row["candidates_images"]]
-            return Sample(key, images, captions=[winogavil_prompt(row["cue"])], associations=chosen)
-        image = image_source(row[task.image_column], where)
-        if task.kind == "retrieval":
-            captions = row["caption"]
-            return Sample(key, [image], captions=[captions] if isinstance(captions, str) else list(captions))
-        label = row[task.label_column]
-        if self.labels is not None:
-            if label not in self.labels:
-                raise UserError(f"{where}: its label {label!r} is none of the {len(self.classes)} classes.")
-            label = self.labels[label]
-        return Sample(key, [image], label=label)
-
-
-def winogavil_prompt(cue: str) -> str:
-    """Return "A cue" or "An cue", as DataComp's evaluation of WinoGAViL words it."""
-    cue = cue.lower()
-    return f"{'An' if cue[0] in 'aeiou' else 'A'} {cue}"
-
-
-def _sample_of_members(where: str, members: dict[str, bytes]) -> Sample:
-    """Return a sample from the members of a tar; raise `UserError` for a missing image or a wrong label."""
-    image = next((content for extension, content in members.items() if f".{extension}" in IMAGE_EXTENSIONS), None)
-    if image is None:
-        raise UserError(f"{where}: the sample has no image ({', '.join(members)}).")
-    try:
-        label = int(members.get("cls", b"-1"))
-        captions = members.get("txt", b"").decode("utf-8").split("\n")
-        metadata = np.load(io.BytesIO(members["npy"]), allow_pickle=False) if "npy" in members else None
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise UserError(f"{where}: the sample cannot be read: {error}") from None
-    return Sample(where, [image], label, [line for line in captions if line], metadata)
+        return sample_of_row(self.task, f"row {index}", row, self.labels)
 
 
 def find_data(task: Task, data_dir: Path, split: str | None = None) -> TaskData:
@@ -222,15 +165,24 @@ def _from_shards(task: Task, folder: Path, split: str, shards: list[Path]) -> Ta
     """Return data in the WebDataset layout, whose text files lie in `folder`."""
     if not shards:
         raise UserError(f"{task.name}: {folder} holds neither {split}/*.tar nor *.parquet.")
-    expected = folder / split / "nshards.txt"
-    number = int(expected.read_text()) if expected.is_file() else len(shards)
     shards = sorted(shards, key=lambda path: (len(path.stem), path.stem))
-    data = TaskData(task, str(folder), shards=shards, missing_shards=number - len(shards))
+    expected = folder / split / "nshards.txt"
+    data = TaskData(task, str(folder), shards=shards, missing_shards=_count_missing(expected, len(shards)))
     if task.kind == "classification":
         templates = folder / "zeroshot_classification_templates.txt"
-        data.classes = _lines(folder / "classnames.txt")
-        data.templates = check_templates(_lines(templates), str(templates))
+        data.classes = check_classes(_lines(folder / "classnames.txt"), str(folder / "classnames.txt"))
+        data.templates = check_templates([line for line in _lines(templates) if line], str(templates))
     return data
+
+
+def _count_missing(file: Path, number: int) -> int:
+    """Return how many shards of the number in nshards.txt there are not; raise `UserError` when there are more."""
+    if not file.is_file():
+        return 0
+    text = file.read_text(encoding="utf-8", errors="replace").strip()
+    if not text.isdecimal() or int(text) < number:
+        raise UserError(f"{file} says {text[:20]!r}, and there are {number} shards; write their number, or remove it.")
+    return int(text) - number
 
 
 def _on_hub(task: Task, split: str) -> TaskData:
@@ -307,7 +259,7 @@ def _from_table(
     if task.texts:
         data.classes, data.templates = _read_texts(data_dir / Path(task.texts).expanduser())
         is_text = data.labels is not None and any(isinstance(value, str) for value in data.labels)
-        data.labels = {value: number for number, value in enumerate(data.classes)} if is_text else None
+        data.labels = number_classes(data.classes, task.texts) if is_text else None
     return data
 
 
@@ -316,14 +268,14 @@ def _read_texts(file: Path) -> tuple[list[str], list[str]]:
     if not file.is_file():
         raise UserError(f"{file} does not exist: the class names are missing; name their folder with --data_dir.")
     try:
-        texts = json.loads(file.read_text(encoding="utf-8"))
+        texts = json.loads(read_text(file))
         classes, templates = texts["classes"], texts["templates"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} must be a JSON object with the lists classes and templates.") from None
-    return check_strings(classes, f"{file}: classes"), check_templates(templates, str(file))
+    return check_classes(classes, f"{file}: classes"), check_templates(templates, str(file))
 
 
 def _lines(file: Path) -> list[str]:
     if not file.is_file():
         raise UserError(f"{file} is missing; fetch it with --download.")
-    return [line for line in file.read_text(encoding="utf-8").replace("\r", "").split("\n") if line]
+    return read_text(file).replace("\r", "").rstrip("\n").split("\n")

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from eval.data import Sample, TaskData
+from eval.data import TaskData
+from eval.samples import Sample, describe_image_error
 from eval.sharding import ProcessShard
 from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.embedder_amorlip import stream_texts
@@ -57,8 +58,10 @@ class BatchReader(IterableDataset):
         for position, sample in samples:
             try:
                 decoded = sample.decode()
+                if self.data.task.kind == "retrieval" and not sample.captions:
+                    raise UserError("it has no caption")
             except Exception as error:  # Pillow raises many types
-                batch.unreadable.append(f"{sample.key} ({str(error).strip() or type(error).__name__})")
+                batch.unreadable.append(f"{sample.key} ({describe_image_error(error)})")
                 continue
             images += decoded
             batch.positions.append(position)
@@ -221,8 +224,12 @@ def _concatenate(batches: list[Batch], image_embeds: list[Tensor], text_embeds: 
     samples = [sample for batch in batches for sample in batch.samples]
     counts = [count for batch in batches for count in batch.image_counts]
     right_images = [int(i in s.associations) for s, count in zip(samples, counts, strict=True) for i in range(count)]
-    rows = [[] if s.metadata is None else s.metadata.ravel().tolist() for s in samples]
-    width = max(map(len, rows), default=0)
+    rows = [[] if s.metadata is None else s.metadata.tolist() for s in samples]
+    width = len(rows[0]) if rows else 0
+    if other := next((s for s, row in zip(samples, rows, strict=True) if len(row) != width), None):
+        raise UserError(
+            f"{other.key}: its metadata is not of {width} numbers, as {samples[0].key}'s; give all as many."
+        )
     metadata = torch.tensor(rows, dtype=torch.float64).view(len(samples), width)
     return EncodedSamples(
         positions=_int64([position for batch in batches for position in batch.positions]),

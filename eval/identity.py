@@ -13,11 +13,11 @@ from eval.tasks import Task
 
 DISPLAY_FIELDS = ("title", "random_score", "pixel_baseline", "groups")
 """Fields of a task that a result does not depend on."""
-MODEL_FIELDS = ("weights", "processor", "tokenizer")
+MODEL_FIELDS = ("weights", "processor", "tokenizer", "config")
 
 
 def result_identity(model: ModelRecord, task: Task, data: list[str], settings: dict[str, Any]) -> dict[str, str]:
-    """Return hashes of a model's weights, processor and tokenizer, a task's definition, its data and the settings.
+    """Return hashes of a model's parts, a task's definition, its data and the settings.
 
     Args:
         data: Fingerprints of the splits that are read.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from safetensors import safe_open
 
 from eval.models import weight_files
+from eval.private import hide_private
 from eval.report import Report, TaskResult, read_evaluations, read_report, read_run_config
 from eval.scoring import SCORING_MODES, scoring_name
 from eval.tasks import ROOT
@@ -129,9 +131,15 @@ def make_card(folder: Path, repo_id: str, results: CardResults) -> ModelCard:
         projection_dim=config["projection_dim"],
         rows=results.rows,
         aggregates=results.aggregates,
-        settings=[(key, hide_local_paths(value)) for key, value in settings],
-        has_curves=(folder / "training_curves.png").is_file(),
+        settings=[(key, hide_private(value)) for key, value in settings],
+        has_curves=has_curves(folder),
     )
+
+
+def has_curves(folder: Path) -> bool:
+    """Return whether a folder has a log of training to draw."""
+    log = folder / "metrics.jsonl"
+    return log.is_file() and '"loss": ' in log.read_text(encoding="utf-8").split("\n")[0]
 
 
 def _eval_result(row: Row) -> EvalResult:
@@ -157,16 +165,17 @@ def evaluation_entries(results: CardResults) -> list[dict[str, Any]]:
 
 
 def count_parameters(folder: Path) -> int:
-    """Return the number of values in a folder's weight files, whose headers alone are read."""
-    parameters = 0
+    """Return the number of values in a folder's weight files."""
+    return sum(math.prod(shape) for shape in tensor_shapes(folder).values())
+
+
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Return the shapes of the tensors in a folder's weight files, whose headers alone are read."""
+    shapes: dict[str, list[int]] = {}
     for file in weight_files(folder):
         with safe_open(file, framework="np") as weights:
-            for name in list(weights.keys()):
-                size = 1
-                for length in weights.get_slice(name).get_shape():
-                    size *= length
-                parameters += size
-    return parameters
+            shapes |= {name: weights.get_slice(name).get_shape() for name in list(weights.keys())}
+    return shapes
 
 
 def merge_cards(new: str, old: str) -> str:
@@ -199,7 +208,7 @@ def merge_cards(new: str, old: str) -> str:
 
 def _split_card(card: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Return a card's metadata, and its text by the heading of each section; "" is what comes before the first."""
-    match = re.match(r"---\n(.*?)\n---\n?(.*)", card, re.S)
+    match = re.match(r"\ufeff?---\n(.*?)\n---\n?(.*)", card, re.S)
     front, body = match.groups() if match else ("", card)
     data = yaml.safe_load(front) or {}
     parts = re.split(r"^(?=## )", body, flags=re.M)
@@ -218,16 +227,3 @@ def _insert_after(sections: dict[str, str], previous: str, title: str, text: str
             result[key] = value.rstrip("\n") + "\n\n"
             result[title] = text.rstrip("\n") + "\n\n"
     return result
-
-
-def hide_local_paths(value: Any) -> Any:
-    """Return settings or results with absolute paths cut to their last part; addresses stay as they are."""
-    if isinstance(value, dict):
-        return {key: hide_local_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [hide_local_paths(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if re.match(r"(/|~/|[A-Za-z]:[\\/])[^\s/\\]", value):
-        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
-    return re.sub(r"(?<![\w:/.~-])(?:~?/|[A-Za-z]:\\)(?:[^\s\\/'\",;:]+[\\/])+", "", value)

@@ -13,6 +13,10 @@ import torch
 from modeling_amorlip.cli_amorlip import UserError
 
 
+ORIGIN_FIELDS = ("_name_or_path", "transformers_version", "auto_map")
+"""Fields of a config.json that say where a model is from, and not what it computes."""
+
+
 @dataclass
 class ModelRecord:
     """What identifies a model.
@@ -21,7 +25,7 @@ class ModelRecord:
         name: Folder, Hub repository or open_clip name.
         revision: Commit of a Hub repository; otherwise the beginning of `weights`.
         parameters: Number of parameters.
-        weights, processor, tokenizer: Hashes; "" in files that are older than they are.
+        weights, processor, tokenizer, config: Hashes; "" in files that are older than they are.
     """
 
     name: str
@@ -30,6 +34,7 @@ class ModelRecord:
     weights: str = ""
     processor: str = ""
     tokenizer: str = ""
+    config: str = ""
 
 
 def load_model(
@@ -63,14 +68,16 @@ def load_model(
 
 
 def _load_from_transformers(name: str, dtype: torch.dtype | None, revision: str | None) -> tuple[Any, Any]:
-    from transformers import AutoModel, AutoProcessor
+    from transformers import AutoProcessor
+
+    from modeling_amorlip.loading_amorlip import load_complete
 
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
         raise UserError(f"--model {name}: there is no such folder.")
     path = str(Path(name).expanduser()) if name.startswith("~") else name
     options: dict[str, Any] = {"revision": revision} if revision else {}
     try:
-        model = AutoModel.from_pretrained(path, **options, **({"dtype": dtype} if dtype else {}))
+        model = load_complete(path, **options, **({"dtype": dtype} if dtype else {}))
     except Exception as error:  # Transformers, safetensors and the Hub's client raise many types
         raise UserError(f"--model {name} cannot be loaded: {_first_line(error)}") from None
     if missing := [m for m in ("get_image_features", "get_text_features") if not hasattr(model, m)]:
@@ -95,8 +102,8 @@ def _first_line(error: Exception) -> str:
 
 
 def revision(name: str, model: Any) -> str | None:
-    """Return the commit of a model from the Hub; of any other, the beginning of its weights' hash."""
-    return hub_commit(name) or weights_hash(name, model)[:12]
+    """Return the commit of a model from the Hub; of any other, the beginning of its weights' hash, and its config's."""
+    return hub_commit(name) or f"{weights_hash(name, model)[:12]} {config_hash(name)}".strip()
 
 
 def hub_commit(name: str, revision: str | None = None) -> str | None:
@@ -108,10 +115,23 @@ def hub_commit(name: str, revision: str | None = None) -> str | None:
 def _cached_config(name: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    if Path(name).expanduser().is_dir() or name.startswith("open_clip:"):
+    if _is_local(name):
         return None
     path = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(path) if isinstance(path, str) else None
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).expanduser().is_dir() or name.startswith("open_clip:")
+
+
+def config_hash(name: str, revision: str | None = None) -> str:
+    """Return a short hash of the settings in a model's config.json, "" where there is none (open_clip)."""
+    path = Path(name).expanduser() / "config.json" if _is_local(name) else _cached_config(name, revision)
+    if path is None or not path.is_file():
+        return ""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    return _hash_text(json.dumps({k: v for k, v in settings.items() if k not in ORIGIN_FIELDS}, sort_keys=True))
 
 
 def weights_hash(name: str, model: Any, revision: str | None = None) -> str:
@@ -128,8 +148,14 @@ def weights_hash(name: str, model: Any, revision: str | None = None) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that Transformers reads a model's weights from."""
-    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    """Return the files of a folder that Transformers reads a model's weights from, and no others beside them."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return [folder / name for name in sorted(names)]
+    return []
 
 
 def hash_files(files: list[Path]) -> str:
@@ -152,6 +178,7 @@ def identify_model(name: str, model: Any, processor: Any, revision: str | None =
         weights=weights,
         processor=_hash_text(_describe_image_processor(processor.image_processor)),
         tokenizer=_hash_text(_describe_tokenizer(processor.tokenizer)),
+        config=config_hash(name, revision),
     )
 
 

@@ -8,6 +8,7 @@ import statistics
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib
 
@@ -73,10 +74,10 @@ def _write_captions(axis: Axes, name: str, captions: Sequence[str]) -> None:
         )
 
 
-def training_curves(logs: dict[str, Path], path: str | Path) -> None:
+def training_curves(logs: dict[str, Path], path: str | Path | BinaryIO) -> None:
     """Plot loss, logit scale and, where logged, the log-partition error against the step: {run: metrics.jsonl}."""
     runs = {
-        name: [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
+        name: [json.loads(line) for line in Path(log).read_text(encoding="utf-8").split("\n")[:-1]]
         for name, log in logs.items()
     }
     logged = [name for name in CURVES if any(name in lines[0] for lines in runs.values())]
@@ -162,7 +163,7 @@ def lines_with_bands(lines: dict[str, dict[float, list[float]]], x: str, y: str,
     _save(figure, path)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def _save(figure: Figure, path: str | Path | BinaryIO) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

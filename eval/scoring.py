@@ -51,6 +51,11 @@ def require_amortizer(model: Any, scorings: tuple[str, ...]) -> None:
     """Raise `UserError` when a model without amortizer heads is to score with them."""
     if "amortized" in scorings and not hasattr(model, "amortizer"):
         raise UserError("--scoring amortized needs a model with amortizer heads; this one has none.")
+    if "amortized" in scorings and getattr(model, "has_fresh_heads", False):
+        raise UserError(
+            "--scoring amortized needs trained heads, and this model was saved without any: fit them with "
+            "eval/apps/calibrate.py."
+        )
 
 
 def log_partition_corrections(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -20,6 +21,9 @@ SPLIT_ALIASES = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 """Names under which files of a split go, as in `datasets`."""
+
+
+LABEL_TYPES = ("string", "large_string", "int", "uint", "bool")
 
 
 def select_split(files: list[str], split: str, task: Task) -> list[str]:
@@ -103,11 +107,12 @@ def label_values(rows: datasets.Dataset, task: Task) -> tuple[list[str], dict[An
     feature = rows.features[task.label_column]
     if isinstance(feature, datasets.ClassLabel):
         return [re.sub("[_-]", " ", name) for name in feature.names], None
-    values = rows.unique(task.label_column)
-    if any(not isinstance(value, (str, int)) for value in values):
+    is_text_or_integer = isinstance(feature, datasets.Value) and feature.dtype.startswith(LABEL_TYPES)
+    values = rows.unique(task.label_column) if is_text_or_integer else []
+    if not values or None in values:
         raise UserError(
-            f"{task.name}: the label column {task.label_column} is {feature}, with {len(values)} different values; "
-            "labels must be text, integers or a ClassLabel, and none may be missing."
+            f"{task.name}: the label column {task.label_column} is {feature}; labels must be text, integers or a "
+            "ClassLabel, and none may be missing."
         )
     values = sorted(values)
     return [str(value) for value in values], {value: number for number, value in enumerate(values)}
@@ -123,6 +128,36 @@ def check_templates(templates: Any, source: str) -> list[str]:
                 "write {c} where the class name goes."
             )
     return list(templates)
+
+
+def fill_template(template: str, name: str) -> str:
+    """Return a template that `check_templates` passed with a class name, which may hold braces itself."""
+    return template.replace("{c}" if "{c}" in template else "{}", name)
+
+
+def check_classes(classes: Any, source: str) -> list[str]:
+    """Return class names of which none is blank; raise `UserError` for any others, as labels count all of them."""
+    names = check_strings(classes, source)
+    if blank := [place for place, name in enumerate(names) if not name.strip()]:
+        raise UserError(f"{source}: the name of class {blank[0]} is blank; write a name for each class.")
+    return names
+
+
+def number_classes(classes: list[str], source: str) -> dict[Any, int]:
+    """Return {class name: class number}; raise `UserError` when two classes have one name."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    if len(numbers) < len(classes):
+        twice = next(name for number, name in enumerate(classes) if numbers[name] != number)
+        raise UserError(f"{source}: two classes are called {twice!r}, so labels do not tell them apart; rename one.")
+    return numbers
+
+
+def read_text(file: Path) -> str:
+    """Return the content of a text file, without a byte order mark; raise `UserError` when it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 ({error}); convert it.") from None
 
 
 def check_strings(values: Any, what: str) -> list[str]:

@@ -195,7 +195,7 @@ def _read_task_file(file: Path) -> dict[str, Task]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not YAML: {error}") from None
-    if not isinstance(content, dict) or not all(isinstance(values, dict) for values in content.values()):
+    if not isinstance(content, dict) or not content or not all(isinstance(v, dict) for v in content.values()):
         raise UserError(f"Task file {file} must map the name of each task to a mapping of its fields.")
     return {str(name): _make_task(str(name), values) for name, values in content.items()}
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from .cli_amorlip import UserError, as_user_error, cli_entry_point
 from .configuration_amorlip import AmorLIPConfig
-from .loading_amorlip import load_amorlip
+from .loading_amorlip import check_output_folder, load_amorlip
 from .modeling_amorlip import AmorLIPModel
 
 
@@ -122,6 +122,7 @@ def main() -> None:
         help="convert a model with CLIP's towers and a logit bias for its embeddings alone",
     )
     arguments = parser.parse_args()
+    check_output_folder(arguments.output, arguments.source)
     with as_user_error(ValueError, OSError, ImportError):
         model, processor = load_amorlip("--source", arguments.source)
         if processor is None:

@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import pickle
 import re
 import sys
 from pathlib import Path
@@ -23,14 +22,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPProcessor
+from transformers import AutoProcessor, AutoTokenizer, CLIPProcessor
 from transformers.utils import cached_file
 
 from .cli_amorlip import as_user_error, cli_entry_point
 from .configuration_amorlip import AmorLIPConfig
+from .loading_amorlip import check_output_folder, load_complete
 from .modeling_amorlip import AmorLIPModel
 from .open_clip_amorlip import from_open_clip_names, open_clip_architecture
 from .open_clip_images_amorlip import image_processor_from_open_clip
@@ -73,7 +72,7 @@ def convert(
     if os.path.isfile(source):
         return convert_open_clip(Path(source), quick_gelu=quick_gelu, tokenizer=tokenizer, batch_size=batch_size)
     path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
-    model_type = path and json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
+    model_type = path and _read_json(Path(path)).get("model_type")
     if model_type in TRANSFORMERS_TYPES:
         return convert_transformers(source)
     for name in OPEN_CLIP_FILES:
@@ -102,9 +101,9 @@ def save(converted: Converted, folder: str | os.PathLike) -> None:
 def convert_transformers(source: str | os.PathLike) -> Converted:
     """Convert a folder or a name on the Hub of Transformers' CLIP or SigLIP, whose towers are taken as they are."""
     try:
-        other = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
-    except OSError as error:
-        raise OSError(f"{source} cannot be loaded: {error}") from error
+        other = load_complete(source, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # Transformers, safetensors and the Hub's client raise many types
+        raise ValueError(f"{source} cannot be loaded: {error}") from error
     config = other.config
     projects = config.model_type == "clip"
     if not projects and not getattr(config.vision_config, "vision_use_head", True):
@@ -190,7 +189,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
             return load_file(path)
         with torch.serialization.safe_globals(numbers):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # torch and safetensors raise many types for files that are something else
         if code := re.search(r"GLOBAL (\S+)|TorchScript", str(error)):
             reason = f"it holds code that would run on loading ({code[1] or code[0]})"
         else:
@@ -207,7 +206,17 @@ def _plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_open_clip_config(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return _read_json(path) if path.exists() else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); fetch or save it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not the settings of a model; fetch it again.")
+    return content
 
 
 def _open_clip_processor(config: AmorLIPConfig, open_clip_config: dict, tokenizer):
@@ -289,6 +298,7 @@ def main() -> None:
         help="activation of an OpenCLIP checkpoint (default: what it says)",
     )
     arguments = parser.parse_args()
+    check_output_folder(arguments.output, arguments.source)
     with as_user_error(ValueError, OSError, ImportError):
         converted = convert(
             arguments.source,

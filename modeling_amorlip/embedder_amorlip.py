@@ -106,10 +106,14 @@ class Embedder:
         device: where to encode, e.g. `"cuda"`.
     """
 
+    similarity_fn_name = "cosine"
+
     def __init__(self, model, processor=None, device: str = "cpu"):
         if isinstance(model, str | os.PathLike):
             processor = processor or AutoProcessor.from_pretrained(model)
             model = AutoModel.from_pretrained(model)
+        if processor is None:
+            raise ValueError("Embedder needs the model's processor: pass it after the model, or name a folder.")
         self.model, self.processor = model.to(device).eval(), processor
 
     def encode(
@@ -118,8 +122,9 @@ class Embedder:
         batch_size: int = 32,
         normalize_embeddings: bool = True,
         convert_to_tensor: bool = False,
+        convert_to_numpy: bool = True,
         **kwargs,
-    ) -> np.ndarray | Tensor:
+    ) -> np.ndarray | Tensor | list[Tensor]:
         """
         Return embeddings [N, d] of texts and images in their order, float32; [d] for a single input.
 
@@ -130,19 +135,24 @@ class Embedder:
             batch_size: texts or images to encode at a time.
             normalize_embeddings: scale embeddings to unit norm.
             convert_to_tensor: return a tensor on the CPU instead of an array.
+            convert_to_numpy: if neither this nor `convert_to_tensor` is true, return a list of tensors [d].
             kwargs: ignored: what callers pass to other models (`task_metadata`, `prompt_type`, `show_progress_bar`).
 
         Raises:
-            ValueError: there are no inputs, or one is neither a text nor an image.
+            ValueError: there are no inputs, one is neither a text nor an image, or an option asks for other embeddings.
         """
+        _check_options(kwargs, batch_size)
         is_single = isinstance(inputs, str | Image.Image) or isinstance(inputs, Mapping) and not _is_batch(inputs)
-        entries: Iterable = [inputs] if isinstance(inputs, str | Image.Image | Mapping) else inputs
+        is_several = isinstance(inputs, Iterable) and not isinstance(inputs, str | Image.Image | Mapping)
+        entries: Any = inputs if is_several else [inputs]
         rows = [row for entry in entries for row in _rows(entry)]
         if not rows:
             raise ValueError("encode was given nothing to encode.")
         embeds = self._encode_rows(rows, batch_size, normalize_embeddings)
         embeds = embeds[0] if is_single else embeds
-        return embeds if convert_to_tensor else embeds.numpy()
+        if convert_to_tensor or (is_single and not convert_to_numpy):
+            return embeds
+        return embeds.numpy() if convert_to_numpy else list(embeds)
 
     encode_query = encode_document = encode
 
@@ -172,6 +182,11 @@ class Embedder:
         return (_unit_norm(first) * _unit_norm(second)).sum(-1)
 
     @property
+    def model_card_data(self) -> _NoCard:
+        """Where sentence-transformers' evaluators record their results."""
+        return _NoCard()
+
+    @property
     def mteb_model_meta(self):
         """What mteb, which has to be installed, records of the model in its results."""
         from mteb.models import ModelMeta
@@ -180,6 +195,28 @@ class Embedder:
         is_local = not owner or owner.count("/") or owner.startswith(".")
         meta = {"name": f"{'local' if is_local else owner}/{name}", "modalities": ["image", "text"]}
         return ModelMeta.create_empty(meta | {"revision": getattr(self.model.config, "_commit_hash", None) or "local"})
+
+
+class _NoCard:
+    def set_evaluation_metrics(self, *results) -> None:
+        """Keep nothing: an evaluator returns its results as well."""
+
+
+# Options of sentence-transformers' `encode` that change embeddings, with the values that leave them as they are.
+FIXED_OPTIONS = {
+    "precision": (None, "float32"),
+    "output_value": ("sentence_embedding",),
+    "truncate_dim": (None,),
+    "prompt": (None, ""),
+}
+
+
+def _check_options(options: dict[str, Any], batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
+    for name, values in FIXED_OPTIONS.items():
+        if name in options and options[name] not in values:
+            raise ValueError(f"{name} is {options[name]!r}, and encode has {values[0]!r} alone: change the embeddings.")
 
 
 class _Row(NamedTuple):

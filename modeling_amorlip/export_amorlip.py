@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from .cli_amorlip import UserError, as_user_error, cli_entry_point
-from .loading_amorlip import load_amorlip
+from .loading_amorlip import check_output_folder, load_amorlip
 from .modeling_amorlip import AmorLIPModel
 from .onnx_amorlip import DEFAULT_OPSET, quantize_onnx, save_onnx
 
@@ -180,6 +180,8 @@ def main() -> None:
     if arguments.quantize and arguments.format != "onnx":
         raise UserError(f"--quantize is for ONNX; --format is {arguments.format}.")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision's operators, which nothing uses
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it prints a traceback for an opset that we refuse
+    check_output_folder(arguments.output, arguments.model)
     with as_user_error(ValueError, OSError, ImportError):
         model, processor = load_amorlip("--model", arguments.model)
         if processor is None:

@@ -36,6 +36,7 @@ from eval.data import TaskData, find_data
 from eval.evaluators.classification import build_classifier, top_classes
 from eval.models import load_model
 from eval.scoring import SCORINGS, log_partition_corrections
+from eval.tables import fill_template
 from eval.tasks import ROOT, Task, load_task
 from modeling_amorlip import AmorLIPAmortizer, AmorLIPModel, amortization_loss
 from modeling_amorlip.cli_amorlip import UserError, cli_entry_point
@@ -85,7 +86,7 @@ def encode_gallery(model: Any, processor: Any, data: TaskData) -> Gallery:
     image_embeds = encode_images(model, processor, itertools.chain([first], stream))
     owners, classifier = None, None
     if data.classes:
-        texts = [t.replace("{c}", name).replace("{}", name) for t in data.templates for name in data.classes]
+        texts = [fill_template(template, name) for template in data.templates for name in data.classes]
         classifier = build_classifier(model, processor, data.classes, data.templates)
     else:
         texts = [caption for lines in captions for caption in lines]

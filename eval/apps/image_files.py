@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from eval.apps.image_urls import fetch, is_url
 from eval.apps.outputs import printable
+from eval.samples import describe_image_error
 from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.embedder_amorlip import encode_images
 from modeling_amorlip.images_amorlip import IMAGE_EXTENSIONS, convert_to_rgb, open_image
@@ -174,11 +175,9 @@ def read_image(source: ImageSource) -> Image.Image:
 
 def describe_error(error: Exception) -> str:
     """Return the reason in a decoder's or system's error, on one line and without the file's name."""
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "it is not an image, or in a format that the decoder does not know"
     if isinstance(error, URLError) and not isinstance(error, HTTPError):
         error = error.reason if isinstance(error.reason, Exception) else error
-    return printable(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+    return printable(getattr(error, "strerror", None) or describe_image_error(error))
 
 
 def encode_files(model: Any, processor: Any, sources: Sequence[Source], batch_size: int = 32) -> dict[Source, Tensor]:

@@ -19,6 +19,7 @@ from eval.metrics.mean_per_class_recall import mean_per_class_recall
 from eval.metrics.top_k_accuracy import top_k_accuracy
 from eval.metrics.worst_group_accuracy import worst_group_accuracy
 from eval.scoring import SinkhornSettings, log_partition_corrections
+from eval.tables import fill_template
 from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.embedder_amorlip import stream_texts
 
@@ -34,7 +35,7 @@ def build_classifier(
 
     Prompts are encoded a batch at a time and summed by class, so memory does not grow with the number of templates.
     """
-    prompts = (template.replace("{c}", name).replace("{}", name) for template in templates for name in classes)
+    prompts = (fill_template(template, name) for template in templates for name in classes)
     sums: Tensor | None = None
     start = 0
     for embeds in stream_texts(model, processor, prompts, batch_size):
@@ -158,7 +159,7 @@ def _check_labels(data: TaskData, labels: Tensor) -> None:
 def _class_prior(data: TaskData) -> Tensor | None:
     """Return the task's expected shares of classes [C], None if it gives none."""
     prior = data.task.class_prior
-    if prior and (len(prior) != len(data.classes) or min(prior) <= 0):
+    if prior and (len(prior) != len(data.classes) or not all(0 < value < float("inf") for value in prior)):
         raise UserError(
             f"Task {data.task.name}: class_prior has {len(prior)} values for {len(data.classes)} classes; "
             "give one value above 0 per class."

@@ -3,15 +3,18 @@
 import json
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 import eval.publish
 import modeling_amorlip  # noqa: F401
-from eval.models import hash_files, weight_files
+from eval.models import hash_files, load_model, weight_files
 from eval.publish import publish
 from eval.report import Metric, ModelRecord, Report, TaskResult
 from modeling_amorlip.cli_amorlip import UserError
+from tests.helpers.hub_server import Repository
 from tests.helpers.models import make_model, save_model
 from tests.helpers.tasks import run_main
 
@@ -50,8 +53,8 @@ def make_result(hub_dataset=None):
     )
 
 
-def write_results(folder, path, hub_dataset=None):
-    model = ModelRecord(str(folder), "abc", 12, hash_files(weight_files(folder)), "p", "t")
+def write_results(folder, path, hub_dataset=None, config=""):
+    model = ModelRecord(str(folder), "abc", 12, hash_files(weight_files(folder)), "p", "t", config)
     Report(model, ["cosine", "exact"], tasks={"emoji": make_result(hub_dataset)}).write(path)
     return path
 
@@ -79,6 +82,7 @@ def test_publishes_what_loading_needs_and_nothing_else(hub, run_folder, tmp_path
     reason = json.loads(files["results.json"])["tasks"]["emoji"]["reason"]
     assert reason == "4 cannot be read, the first is a.png (cut off)"
     assert files["model.safetensors"] == (run_folder / "model.safetensors").read_bytes()
+    assert files["training_curves.png"].startswith(b"\x89PNG")  # drawn anew
 
 
 def test_card_has_results_parameters_and_authors(hub, run_folder, tmp_path):
@@ -114,7 +118,7 @@ def test_card_that_was_edited_on_the_hub_keeps_its_sections(hub, run_folder, tmp
     card = files["README.md"].decode()
     card = card.replace("license: apache-2.0", "license: mit\nlanguage: de").replace("- clip\n", "- clip\n- mine\n")
     card = card.replace("## Limits\n", "## Thanks\n\nTo everyone.\n\n## Limits\n\nOnly emoji.\n")
-    files["README.md"] = card.encode()
+    files["README.md"] = card.encode("utf-8-sig")  # as some editors do
     repository.branches["main"] = repository.add(files, "edited")
     publish(run_folder, REPO, write_results(run_folder, tmp_path / "results.json"))
     merged = repository.at("main")[1]["README.md"].decode()
@@ -171,7 +175,59 @@ def test_results_of_another_model_are_refused(hub, run_folder, tmp_path):
     results = write_results(save_model(tmp_path / "other", seed=1), tmp_path / "results.json")
     with pytest.raises(UserError, match="are results of other weights"):
         publish(run_folder, REPO, results)
+    results = write_results(run_folder, tmp_path / "results.json", config="of another activation")
+    with pytest.raises(UserError, match="of another config.json"):
+        publish(run_folder, REPO, results)
     assert not hub.repositories
+
+
+def test_private_model_is_not_sent_to_a_public_repository(hub, run_folder):
+    hub.repositories[REPO] = Repository(private=False)
+    with pytest.raises(UserError, match="user/tiny exists and is public"):
+        publish(run_folder, REPO, private=True)
+    assert not hub.repositories[REPO].at("main")[1]
+    hub.repositories[REPO].private = True
+    publish(run_folder, REPO, private=True)
+    assert "model.safetensors" in hub.repositories[REPO].at("main")[1]
+
+
+def test_sharded_weights_are_published_with_their_index(hub, run_folder):
+    model, _ = load_model(str(run_folder))
+    (run_folder / "model.safetensors").unlink()
+    model.save_pretrained(run_folder, max_shard_size="20KB")
+    (run_folder / "model-00001-of-00099.safetensors").write_bytes(b"of an earlier save")
+    publish(run_folder, REPO)
+    files = hub.repositories[REPO].at("main")[1]
+    weights = {name for name in files if ".safetensors" in name}
+    index = json.loads(files["model.safetensors.index.json"])
+    assert weights == {*index["weight_map"].values(), "model.safetensors.index.json"}
+    assert f"has {model.num_parameters() / 1e6:.1f} million parameters" in files["README.md"].decode()
+    next(run_folder.glob("model-00002-of-*.safetensors")).unlink()
+    with pytest.raises(UserError, match="holds no model"):
+        publish(run_folder, REPO)
+
+
+def test_weights_that_others_cannot_load_are_refused(hub, run_folder):
+    weights = load_file(run_folder / "model.safetensors")
+    save_file({name: w for name, w in weights.items() if "text" not in name}, run_folder / "model.safetensors")
+    with pytest.raises(UserError, match="holds no dual encoder: model.safetensors lacks text_model"):
+        publish(run_folder, REPO)
+    (run_folder / "model.safetensors").unlink()
+    torch.save(weights, run_folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pytorch_model.bin is a pickle"):
+        publish(run_folder, REPO)
+    assert not hub.repositories
+
+
+def test_log_whose_last_line_is_cut_off_is_published_without_it(hub, run_folder):
+    with (run_folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "loss": null}\n{"step": 3, "lo')
+    publish(run_folder, REPO)
+    files = hub.repositories[REPO].at("main")[1]
+    assert [json.loads(line)["step"] for line in files["metrics.jsonl"].splitlines()] == [1, 2]
+    (run_folder / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged .*; mend or remove it"):
+        publish(run_folder, REPO)
 
 
 def test_folder_of_another_architecture_is_refused(hub, tmp_path):
@@ -190,5 +246,8 @@ def test_card_without_a_hub(run_folder, tmp_path, monkeypatch, capsys):
     command = [run_folder, "--repo_id", REPO, "--card_only", card]
     assert run_main(monkeypatch, eval.publish, *command) == 0
     assert "has not been evaluated" in card.read_text()
+    blocked = [run_folder, "--repo_id", REPO, "--card_only", card / "below.md"]
+    assert run_main(monkeypatch, eval.publish, *blocked) == 1
+    assert "--card_only" in capsys.readouterr().err
     assert run_main(monkeypatch, eval.publish, *command, "--results", card) == 1
     assert "is not what eval/run.py writes" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from eval.tables import check_templates, label_values, select_split
+from eval.tables import check_templates, label_values, number_classes, select_split
 from eval.tasks import Task
 from modeling_amorlip.cli_amorlip import UserError
 
@@ -56,7 +56,7 @@ def test_class_labels_know_their_names():
     assert label_values(datasets.Dataset.from_dict({"label": [1]}, features), TASK) == (["a cat", "a dog"], None)
 
 
-@pytest.mark.parametrize("values", [[0.5, 1.5], ["cat", None]])
+@pytest.mark.parametrize("values", [[0.5, 1.5], ["cat", None], [["cat"], ["dog"]]])
 def test_other_labels_are_refused(values):
     with pytest.raises(UserError, match="labels must be text, integers or a ClassLabel"):
         label_values(datasets.Dataset.from_dict({"label": values}), TASK)
@@ -73,3 +73,9 @@ def test_templates_must_be_a_list():
     for templates in ("a {c}", [], [1], None):
         with pytest.raises(UserError, match="must be a list of texts"):
             check_templates(templates, "file")
+
+
+def test_classes_with_one_name_are_refused_where_labels_are_names():
+    assert number_classes(["a", "b"], "texts.json") == {"a": 0, "b": 1}
+    with pytest.raises(UserError, match="texts.json: two classes are called 'a'"):
+        number_classes(["a", "b", "a"], "texts.json")

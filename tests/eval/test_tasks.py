@@ -48,6 +48,7 @@ def test_selects_by_group_and_file(tmp_path):
         ("mine: {}", "needs either repositories or data"),
         ("[1, 2", "is not YAML"),
         ("[1, 2]", "must map the name of each task"),
+        ("{}", "must map the name of each task"),
         ("mine: {repositories: u/b}", r"must be a list; write repositories: \[u/b\]"),
         ("mine: {data: a, groups: demo}", r"must be a list; write groups: \[demo\]"),
         ("mine: {data: a, ignored_groups: [x]}", "its items must be an integer"),

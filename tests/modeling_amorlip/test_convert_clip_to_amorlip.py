@@ -329,7 +329,7 @@ def test_torchscript_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04"])
+@pytest.mark.parametrize("content", [b"", b"abc", b"no checkpoint", b"PK\x03\x04"])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content, suffix):
     path = (tmp_path / "model").with_suffix(suffix)
     path.write_bytes(content)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer, util
+from sentence_transformers.sentence_transformer import evaluation
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, BitImageProcessor, CLIPProcessor
 
@@ -120,11 +121,50 @@ def test_queries_and_documents_are_encoded_alike(embedder):
         ({"text": "a cat", "imge": None}, "given imge"),
         ([{}], "given neither"),
         ([{"text": ["a"], "audio": [None]}], "given audio"),
+        (None, "given NoneType"),
+        (3, "given int"),
+        (Path("a.png"), "given .*Path"),
     ],
 )
 def test_what_cannot_be_encoded_is_named(embedder, inputs, message):
     with pytest.raises(ValueError, match=message):
         embedder.encode(inputs)
+
+
+@pytest.mark.parametrize(
+    "option", [{"precision": "int8"}, {"truncate_dim": 8}, {"prompt": "query: "}, {"output_value": "token_embeddings"}]
+)
+def test_options_that_ask_for_other_embeddings_are_refused(embedder, option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is .*, and encode has"):
+        embedder.encode(TEXTS, **option)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        embedder.encode(TEXTS, batch_size=0)
+    with pytest.raises(ValueError, match="needs the model's processor"):
+        Embedder(embedder.model)
+
+
+def test_evaluators_of_sentence_transformers_give_what_their_own_model_gets(embedder, minilm):
+    model = SentenceTransformer(str(minilm), device="cpu")
+    relevant = {str(i): {str(i)} for i in range(len(TEXTS))}
+    documents = [f"a picture of {text}" for text in TEXTS]
+    by_key = [dict(zip(relevant, texts, strict=True)) for texts in (TEXTS, documents)]
+    cutoffs = {f"{name}_at_k": [2] for name in ("mrr", "ndcg", "accuracy", "precision_recall", "map")}
+    ranked = [{"query": TEXTS[0], "positive": documents[:1], "negative": documents[1:]}]
+    for evaluator in (
+        evaluation.EmbeddingSimilarityEvaluator(TEXTS[:3], documents[1:4], [0.1, 0.9, 0.5]),
+        evaluation.InformationRetrievalEvaluator(*by_key, relevant, **cutoffs),
+        evaluation.TripletEvaluator(TEXTS[:2], documents[:2], documents[2:4]),
+        evaluation.BinaryClassificationEvaluator(TEXTS[:4], documents[1:], [1, 0, 0, 1]),
+        evaluation.ParaphraseMiningEvaluator(by_key[0], [("0", "1")]),
+        evaluation.RerankingEvaluator(ranked),
+        evaluation.TranslationEvaluator(TEXTS, documents),
+        evaluation.MSEEvaluator(TEXTS, documents, teacher_model=model),
+    ):
+        assert evaluator(embedder) == pytest.approx(evaluator(model), rel=1e-3, abs=1e-4)
+    options = {"convert_to_numpy": False}
+    ours, theirs = embedder.encode(TEXTS[:2], **options), model.encode(TEXTS[:2], **options)
+    assert [type(ours), type(ours[0])] == [type(theirs), type(theirs[0])] == [list, torch.Tensor]
+    assert embedder.encode(TEXTS[0], **options).shape == model.encode(TEXTS[0], **options).shape
 
 
 @pytest.mark.interop

@@ -12,6 +12,7 @@ from eval.models import load_model
 from eval.runner import evaluate_task
 from eval.tasks import Task
 from modeling_amorlip.embedder_amorlip import encode_images
+from tests.helpers.runs import train
 
 
 def fit_knn(train, labels):
@@ -43,21 +44,34 @@ def test_probes_match_sklearn():
     assert accuracy >= max(expected) - 0.01 > 0.85
 
 
-def test_probes_of_a_model_after_a_few_steps_are_confirmed_by_sklearn(tiny_model, demo_rows, tmp_path):
-    """Categories of emoji: fitted to the training split, scored on another one, from the files to the accuracies."""
+MARGIN = 0.01
+"""How far accuracies of equal fits may be apart: 4 of 400 images, since two optimizers stop at different points."""
+
+
+def test_probes_of_a_model_after_12_steps_are_confirmed_by_sklearn(recipe, demo_rows, tmp_path):
+    """Categories of emoji, from the files of two splits to the accuracies; scikit-learn fits to the training split."""
+    train(recipe(max_steps=12))
+    model, processor = load_model(str(tmp_path / "run"))
     (tmp_path / "wds_emoji").mkdir()
-    splits = {"train": demo_rows.select(range(0, 600, 2)), "test": demo_rows.select(range(1, 400, 2))}
+    splits = {"train": demo_rows.select(range(0, 800, 2)), "test": demo_rows.select(range(1, 800, 2))}
     for name, rows in splits.items():
         columns = rows.select_columns(["image", "category"]).rename_column("category", "label")
         columns.to_parquet(tmp_path / f"wds_emoji/{name}.parquet")
-    model, processor = load_model(str(tiny_model))
     task = Task("emoji", repositories=("x/wds_emoji",))
     metrics = evaluate_task(model, processor, task, tmp_path, resamples=0, probes=("knn", "linear")).metrics
     x = {name: encode_images(model, processor, rows["image"]).numpy() for name, rows in splits.items()}
     y = {name: np.array(rows["category"]) for name, rows in splits.items()}
     expected = fit_knn(x["train"], y["train"]).score(x["test"], y["test"])
-    assert metrics["knn_acc1"].value == pytest.approx(expected, abs=2 / 200)  # but for ties
-    accuracies = [fit_linear(x["train"], y["train"], s).score(x["test"], y["test"]) for s in L2_STRENGTHS]
-    assert min(abs(metrics["linear_acc1"].value - accuracy) for accuracy in accuracies) <= 1 / 200
-    assert metrics["linear_acc1"].value >= max(accuracies) - 0.08  # the strength is chosen on training images alone
-    assert max(metrics["knn_acc1"].value, metrics["linear_acc1"].value) < 0.9  # as no fit to the test images is
+    assert metrics["knn_acc1"].value == pytest.approx(expected, abs=MARGIN)
+    order = torch.randperm(len(x["train"]), generator=torch.Generator().manual_seed(0)).numpy()
+    held_out, rest = order[: len(order) // 5], order[len(order) // 5 :]
+    validated, accuracies = [], []
+    for strength in L2_STRENGTHS:
+        fit = fit_linear(x["train"][rest], y["train"][rest], strength)
+        validated.append(fit.score(x["train"][held_out], y["train"][held_out]))
+        accuracies.append(fit_linear(x["train"], y["train"], strength).score(x["test"], y["test"]))
+    # One held-out image may decide otherwise between two strengths.
+    near_best = max(validated) - 1.5 / len(held_out)
+    chosen = [accuracy for value, accuracy in zip(validated, accuracies, strict=True) if value > near_best]
+    assert min(abs(metrics["linear_acc1"].value - accuracy) for accuracy in chosen) <= MARGIN
+    assert len(chosen) < 4 and min(chosen) > min(accuracies) + 10 * MARGIN  # most strengths would not pass
