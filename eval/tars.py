@@ -33,8 +33,10 @@ def read_tar(path: Path, select: Callable[[int], bool] | None = None) -> Iterato
 
 
 def _check_end_of_archive(path: Path) -> None:
-    """Raise `UserError` for a tar without its trailing zeros, which would otherwise pass for a shorter one."""
+    """Raise `UserError` for a compressed tar, and for one without its trailing zeros, which would pass for a shorter."""
     with path.open("rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            raise UserError(f"{path} is compressed with gzip: decompress it with gunzip, or repack it with tar.")
         if file.seek(0, 2) < BLOCK or not (file.seek(-BLOCK, 2) and not any(file.read())):
             raise UserError(f"{path} is cut off (it has no end-of-archive mark); fetch it again with --download.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -49,6 +50,8 @@ def stream_texts(
     """Yield what `encode_texts` returns, batch by batch."""
 
     def preprocess(batch: list[str]) -> dict[str, Tensor]:
+        if wrong := next((text for text in batch if re.search("[\ud800-\udfff]", text)), None):
+            raise ValueError(f"The text {wrong!r} is no valid Unicode: it holds half of a character; correct it.")
         tokens = tokenize_texts(processor.tokenizer, model.config.text_config, batch)
         return {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
 

@@ -1,5 +1,6 @@
 """Tars as samples, and damaged ones."""
 
+import gzip
 import io
 import tarfile
 
@@ -29,6 +30,12 @@ def test_reads_samples_and_skips_others(tar):
 def test_truncated_tar_is_refused(tar):
     tar.write_bytes(tar.read_bytes()[:4000])
     with pytest.raises(UserError, match="is cut off"):
+        list(read_tar(tar))
+
+
+def test_compressed_tar_is_refused(tar):
+    tar.write_bytes(gzip.compress(tar.read_bytes()))
+    with pytest.raises(UserError, match="compressed with gzip"):
         list(read_tar(tar))
 
 

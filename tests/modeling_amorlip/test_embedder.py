@@ -124,6 +124,7 @@ def test_queries_and_documents_are_encoded_alike(embedder):
         (None, "given NoneType"),
         (3, "given int"),
         (Path("a.png"), "given .*Path"),
+        (["a", "caf\udce9"], r"The text 'caf\\udce9' is no valid Unicode"),
     ],
 )
 def test_what_cannot_be_encoded_is_named(embedder, inputs, message):
