@@ -9,6 +9,7 @@ import shutil
 import threading
 from types import SimpleNamespace
 
+import datasets
 import fsspec
 import numpy as np
 import pytest
@@ -254,6 +255,25 @@ def test_shards_of_the_hub_are_read_by_its_client(rows, cache, tmp_path, monkeyp
     finally:
         hub.close()
         HfFileSystem.clear_instance_cache()
+
+
+def test_tables_of_the_hub_lie_in_any_folder(rows, tmp_path, monkeypatch):
+    folder = tmp_path / "snapshots[1]"
+    (folder / "data/more").mkdir(parents=True)
+    for place in ("0.parquet", "data/1.parquet", "data/more/2.parquet"):
+        datasets.Dataset.from_list(rows[:3]).to_parquet(folder / place)
+    allowed = []
+
+    def download(repository, repo_type, allow_patterns):
+        allowed.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(training.data.remote, "snapshot_download", download)
+    assert len(open_pairs(make_config("hf://datasets/user/pairs/**/*.parquet"))) == 9
+    assert "*.parquet" in allowed[0] and "**/*.parquet" in allowed[0]
+    assert len(open_pairs(make_config("hf://datasets/user/pairs/data/{1,more/2}.parquet"))) == 6
+    with pytest.raises(UserError, match="no.parquet: there is no such file in user/pairs"):
+        open_pairs(make_config("hf://datasets/user/pairs/no.parquet"))
 
 
 def test_other_stores_are_read_through_fsspec(rows, tmp_path, cache):
