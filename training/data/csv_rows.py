@@ -58,6 +58,9 @@ def read_header(files: Sequence[str], separator: str | None, columns: Sequence[s
     """
     if separator is None:
         separator = find_separator(files[0], columns) or ("\t" if files[0].lower().endswith(".tsv") else ",")
+    separator = separator.replace("\\t", "\t")  # as it is typed in a shell
+    if not separator:
+        raise UserError("csv_separator is empty: name a character, or leave it out to find it.")
     headers = [next(read_rows(file, separator), None) for file in files]
     header = headers[0]
     if header is None:

@@ -68,6 +68,13 @@ def test_a_separator_may_be_given(folder):
         open_pairs(make_config(folder / "a.csv"))
 
 
+def test_a_tab_may_be_given_as_it_is_typed(folder):
+    (folder / "a.csv").write_text("image\tcaption\n0.png\ta\n")
+    assert captions_of(folder / "a.csv", csv_separator="\\t") == ["a"]
+    with pytest.raises(UserError, match="csv_separator is empty"):
+        open_pairs(make_config(folder / "a.csv", csv_separator=""))
+
+
 @pytest.mark.parametrize("separator", ["\t", ","])
 def test_quotation_marks_swallow_no_rows(folder, separator):
     captions = ['"hill star', 'star" hill', '"', 'a 5" disk', '"all quoted"', '"two" halves "', '"last', 'end"']
