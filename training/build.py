@@ -30,11 +30,11 @@ from training.model.encoder import EncoderWithObjective, PairEncoder
 from training.model.weight_average import WeightAverage
 from training.model.whole_models import WholeModels, copy_without_weights
 from training.objectives import OBJECTIVES, ContrastiveObjective
-from training.optimizers import make_optimizer
-from training.run.checkpointing import find_checkpoint, load_checkpoint, read_train_state
+from training.optimizers import OPTIMIZER_SETTINGS, make_optimizer
+from training.run.checkpointing import load_checkpoint, read_train_state
 from training.run.flops import FlopMeter
 from training.run.processes import build_accelerator, check_same_data, vary_random_state
-from training.run.resume_settings import check_resumed_config
+from training.run.resume_settings import check_resumed_config, find_resumed
 from training.run.run_logger import RunLogger, read_run_config
 from training.run.sharding import AutocastModule, ShardingSettings, shard_encoder, take_sharding_settings
 from training.run.train_state import TrainState
@@ -72,7 +72,9 @@ def build_trainer(config: PretrainConfig) -> Trainer:
     wrapped, optimizer = distribute(module, config, accelerator, None if empty is None else sharding)
     vary_random_state(config.seed, accelerator.process_index)
     average = WeightAverage(built.model, config.ema_decay) if config.ema_decay else None
-    weights = TrainedWeights(module, optimizer.optimizer, average, sharded=empty is not None)
+    group_settings = (*OPTIMIZER_SETTINGS, *config.optimizer_args)
+    weights = TrainedWeights(module, optimizer.optimizer, average, empty is not None, group_settings)
+    total_steps = count_steps(config, sampler.steps_per_epoch, checkpoint)
     dataloader, validation_loader = build_loaders(config, built, pairs, sampler)
     logger = RunLogger(Path(config.output_dir))
     return Trainer(
@@ -88,8 +90,8 @@ def build_trainer(config: PretrainConfig) -> Trainer:
         pairs=pairs,
         dataloader=dataloader,
         evaluator=Evaluator(config, accelerator, logger, tasks, validation_loader),
-        state=start_state(config, accelerator, weights, sampler, len(pairs), checkpoint),
-        total_steps=count_steps(config, sampler.steps_per_epoch),
+        state=start_state(config, accelerator, weights, sampler, pairs, checkpoint),
+        total_steps=total_steps,
         flops=flops,
         checkpoint=checkpoint,
     )
@@ -131,7 +133,7 @@ def start_state(
     accelerator: Accelerator,
     weights: TrainedWeights,
     sampler: PairSampler,
-    num_pairs: int,
+    pairs: Mixture,
     checkpoint: Path | None,
 ) -> TrainState:
     """Return the position of the run, after restoring everything else from its checkpoint, and move the sampler there.
@@ -144,15 +146,22 @@ def start_state(
         global_batch_size=sampler.global_batch_size,
         steps_per_epoch=sampler.steps_per_epoch,
         order_version=ORDER_VERSION,
-        num_pairs=num_pairs,
+        num_pairs=len(pairs),
+        data=pairs.fingerprint(),
     )
     if checkpoint is not None:
-        saved_pairs = read_train_state(checkpoint).num_pairs
-        if saved_pairs not in (0, num_pairs) and "train_data" not in config.override:
-            raise UserError(
-                f"train_data has {num_pairs} pairs, and had {saved_pairs} when {checkpoint} was written, which changes "
-                "the order of the pairs: restore the data, or allow the change with --override train_data."
-            )
+        saved = read_train_state(checkpoint)
+        if "train_data" not in config.override:
+            change = ""
+            if saved.num_pairs not in (0, len(pairs)):
+                change = f"has {len(pairs)} pairs, and had {saved.num_pairs} when {checkpoint} was written"
+            elif saved.data not in ("", state.data):
+                change = f"has other pairs than when {checkpoint} was written"
+            if change:
+                raise UserError(
+                    f"train_data {change}, which changes the order of the pairs: restore the data, or allow the change "
+                    "with --override train_data."
+                )
         state = load_checkpoint(accelerator, weights, checkpoint, state)
         sampler.set_order_version(state.order_version)
     sampler.start_step = state.step
@@ -179,7 +188,7 @@ def find_start(config: PretrainConfig) -> Path | None:
     """
     output_dir = Path(config.output_dir)
     if config.resume_from_checkpoint:
-        return find_checkpoint(output_dir, config.resume_from_checkpoint)
+        return find_resumed(output_dir, config.resume_from_checkpoint)
     if output_dir.is_file():
         raise UserError(f"output_dir {output_dir} is a file; name a folder.")
     if (output_dir / "run_config.yaml").exists():
@@ -241,15 +250,20 @@ def build_sampler(config: PretrainConfig, accelerator: Accelerator, pairs: Mixtu
     )
 
 
-def count_steps(config: OptimizationConfig, steps_per_epoch: int) -> int:
+def count_steps(config: OptimizationConfig, steps_per_epoch: int, checkpoint: Path | None = None) -> int:
     """Return the number of steps of the run.
 
     Raises:
-        UserError: warmup and final decay leave no steps.
+        UserError: warmup and final decay leave no steps, or the checkpoint that is resumed has more.
     """
     total_steps = config.num_train_epochs * steps_per_epoch
     if config.max_steps > 0:
         total_steps = min(total_steps, config.max_steps)
+    if checkpoint is not None and (step := read_train_state(checkpoint).step) > total_steps:
+        raise UserError(
+            f"{checkpoint} has taken {step} steps, more than the {total_steps} of the run: raise max_steps or "
+            "num_train_epochs, or resume from an earlier checkpoint."
+        )
     if config.lr_scheduler_type == "wsd" and config.decay_steps > total_steps - config.warmup_steps:
         raise UserError(
             f"decay_steps ({config.decay_steps}) and warmup_steps ({config.warmup_steps}) are more than the "

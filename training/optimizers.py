@@ -32,6 +32,9 @@ FUSED = ("adamw", "adam")
 ADAM_FIELDS = {"adam_beta1": 0.9, "adam_beta2": 0.98, "adam_epsilon": 1e-6}
 OWN_FIELDS = {"lr": "learning_rate", "weight_decay": "weight_decay", "betas": "adam_beta1", "eps": "adam_epsilon"}
 
+OPTIMIZER_SETTINGS = ("peak_lr", "weight_decay", "betas", "eps", "decoupled_weight_decay")
+"""Keys of parameter groups that hold settings of the run, beside `optimizer_args`."""
+
 
 def make_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.Optimizer:
     """Return the optimizer over a model's trained parameters.

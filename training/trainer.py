@@ -37,7 +37,7 @@ from training.optimization import (
 )
 from training.run.announcement import describe_run, make_progress_bar
 from training.run.bad_samples import BadSampleLog, merge_bad_samples
-from training.run.checkpointing import explain_write_errors, save_checkpoint
+from training.run.checkpointing import explain_write_errors, save_checkpoint, set_aside_later_checkpoints
 from training.run.flops import FlopMeter
 from training.run.loss_spikes import LossSpikeDetector
 from training.run.nonfinite import NonFiniteGuard
@@ -311,6 +311,7 @@ class Trainer:
     def _open_folder(self) -> None:
         self.logger.open(dataclasses.asdict(self.config), self.state.step)
         with explain_write_errors("The processor", self.output_dir):
+            set_aside_later_checkpoints(self.output_dir, self.state.step)
             merge_bad_samples(self.output_dir, self.state.step)
             self.processor.save_pretrained(self.output_dir)  # a run that is resumed reads its tokenizer here
 

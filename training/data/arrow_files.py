@@ -9,7 +9,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pyarrow as pa
 from huggingface_hub.constants import HF_HOME
 
 
-BATCH_ROWS = 10_000
+BATCH_ROWS, BATCH_CHARACTERS = 10_000, 2**26
 
 Records = Callable[[], Iterable[dict[str, Any]]]
 
@@ -49,6 +48,12 @@ def convert_table(make_records: Records, schema: pa.Schema, identity: object) ->
     return datasets.Dataset.from_file(str(path)), None
 
 
+def file_state(file: str | Path) -> tuple[str, int, int]:
+    """Return what identifies a file and its content: name, size and time."""
+    status = os.stat(file)
+    return os.path.abspath(file), status.st_size, status.st_mtime_ns
+
+
 def _map_table(path: Path) -> datasets.Dataset | None:
     """Return the table of an Arrow file; None if the file is missing, cut or damaged."""
     try:
@@ -58,8 +63,15 @@ def _map_table(path: Path) -> datasets.Dataset | None:
 
 
 def _make_batches(records: Iterable[dict[str, Any]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    iterator = iter(records)
-    while rows := list(islice(iterator, BATCH_ROWS)):
+    rows: list[dict[str, Any]] = []
+    characters = 0
+    for record in records:
+        rows.append(record)
+        characters += sum(len(value) for value in record.values() if isinstance(value, str))
+        if len(rows) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+            yield pa.RecordBatch.from_pylist(rows, schema)
+            rows, characters = [], 0
+    if rows:
         yield pa.RecordBatch.from_pylist(rows, schema)
 
 

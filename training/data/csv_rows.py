@@ -46,6 +46,43 @@ def read_rows(path: str, separator: str) -> Iterator[list[str]]:
         yield fields
 
 
+def read_header(files: Sequence[str], separator: str | None, columns: Sequence[set[str]]) -> tuple[list[str], str]:
+    """Return the names of columns of CSV or TSV files, and what separates them.
+
+    Args:
+        files: the files.
+        separator: the separator; None finds it, as `find_separator` does with `columns`.
+
+    Raises:
+        UserError: a column is named twice, or a file has no header or another one than the first.
+    """
+    if separator is None:
+        separator = find_separator(files[0], columns) or ("\t" if files[0].lower().endswith(".tsv") else ",")
+    separator = separator.replace("\\t", "\t")  # as it is typed in a shell
+    if not separator:
+        raise UserError("csv_separator is empty: name a character, or leave it out to find it.")
+    headers = [next(read_rows(file, separator), None) for file in files]
+    header = headers[0]
+    if header is None:
+        raise UserError(f"train_data {files[0]} has no rows.")
+    if len(set(header)) < len(header):
+        raise UserError(f"train_data {files[0]}: the header names a column twice: {header}.")
+    for file, other in zip(files, headers, strict=True):
+        if other != header:
+            raise UserError(f"train_data {file} has another header than {files[0]}.")
+    return header, separator
+
+
+def read_records(files: Sequence[str], separator: str, header: Sequence[str]) -> Iterator[dict[str, str | None]]:
+    """Iterate over the rows of files as {column: text}; a row with too many or too few fields has None for all."""
+    for file in files:
+        rows = read_rows(file, separator)
+        next(rows, None)
+        for fields in rows:
+            # The pair is listed as unusable when training reaches it.
+            yield dict(zip(header, fields if len(fields) == len(header) else [None] * len(header), strict=True))
+
+
 def parse_row(lines: Sequence[str], separator: str, num_columns: int) -> tuple[list[str], int]:
     """Return the fields of the row that begins at the first line, and how many further lines belong to it."""
     fields: list[str] = []

@@ -26,7 +26,7 @@ from training.config import PretrainConfig
 from training.data.collate import BadSample, Collator, Sample
 from training.data.mixture import Mixture
 from training.data.order import EpochOrder, PairSampler
-from training.data.pairs import check_caption
+from training.data.pairs import check_caption, usable_captions
 from training.data.permutation import Complement
 from training.data.prefetch import PrefetchingSampler
 from training.data.shards import ShardError
@@ -92,7 +92,7 @@ class PairDataset(Dataset):
 
     def _draw_caption(self, row: dict[str, Any], generator: random.Random) -> str:
         caption = check_caption(self._choose_caption(row, generator))
-        keywords = self._list(row, self.config.keywords_column)
+        keywords = list(usable_captions(iter([self._list(row, self.config.keywords_column)])))
         if keywords and generator.random() < self.config.keywords_probability:
             parts = [caption, *generator.sample(keywords, k=min(len(keywords), generator.randint(1, 3)))]
             generator.shuffle(parts)
@@ -100,11 +100,16 @@ class PairDataset(Dataset):
         return check_caption(caption)
 
     def _choose_caption(self, row: dict[str, Any], generator: random.Random) -> Any:
-        if alternatives := self._list(row, self.config.alternative_captions_column):
+        if alternatives := list(usable_captions(iter([self._list(row, self.config.alternative_captions_column)]))):
             return generator.choice(alternatives)
         columns = [self.config.caption_column, *self.config.further_caption_columns]
-        caption = row.get(generator.choice(columns) if len(columns) > 1 else columns[0])
-        return generator.choice(caption) if isinstance(caption, (list, tuple)) and caption else caption
+        values = [row.get(column) for column in columns]
+        # One that cannot be used costs the pair only if there is no other.
+        values = [value for value in values if any(usable_captions(iter([value])))] or values[:1]
+        caption = generator.choice(values) if len(columns) > 1 else values[0]
+        if isinstance(caption, (list, tuple)):
+            return generator.choice(list(usable_captions(iter([caption]))) or [caption])
+        return caption
 
     def _list(self, row: dict[str, Any], column: str | None) -> Sequence[Any] | None:
         """Return a column of lists; None if there is none.

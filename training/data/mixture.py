@@ -15,6 +15,7 @@ from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
 from training.data.pairs import Pairs
 from training.data.patterns import expand, is_tar
+from training.data.records import RecordPairs
 from training.data.remote import (
     RemoteShards,
     copy_tables,
@@ -62,7 +63,8 @@ def open_source(source: str, config: DataConfig) -> Pairs:
         if len(suffixes) != 1 or not suffixes <= set(TABLE_LOADERS):
             raise UserError(f"train_data {source}: files must be all .tar or all of one of {', '.join(TABLE_LOADERS)}.")
     table = load_table(source, files, config)
-    return TablePairs(table.rows, source, config, table.folder, table.notes)
+    pairs_class = RecordPairs if table.has_records else TablePairs
+    return pairs_class(table.rows, source, config, table.folder, table.notes)
 
 
 def download_tables(source: str) -> list[str]:

@@ -11,6 +11,8 @@ from training.config import DataConfig
 
 
 MAX_CAPTION_CHARACTERS = 100_000
+OPEN_CLIP_COLUMNS = {"filepath": "image", "title": "caption"}
+"""Columns of open_clip's tables, and what they are called here."""
 
 
 class Pairs(ABC):
@@ -60,7 +62,7 @@ def check_caption(caption: Any) -> str:
     Raises:
         ValueError: it is neither text nor a number, empty, too long, or no valid Unicode.
     """
-    if isinstance(caption, (bool, int, float)):
+    if isinstance(caption, (bool, int, float)) and caption == caption:  # NaN stands for a missing value
         caption = str(caption)
     if not isinstance(caption, str) or not caption.strip():
         raise ValueError(f"the caption is {str(caption)[:50]!r}; it must be text that is not empty")
@@ -81,6 +83,13 @@ def usable_captions(captions: Iterator[Any]) -> Iterator[str]:
                 yield check_caption(caption)
             except ValueError:
                 continue  # training lists it when it reaches this pair
+
+
+def named_columns(config: DataConfig) -> dict[str, str]:
+    """Return the columns that a configuration names, each with the setting that names it."""
+    fields = ("group_column", "keywords_column", "alternative_captions_column", "caption_column", "image_column")
+    columns = dict.fromkeys(config.further_caption_columns, "further_caption_columns")
+    return columns | {getattr(config, field): field for field in fields if getattr(config, field) is not None}
 
 
 def check_columns(config: DataConfig, source: str, examples: Mapping[str, Any]) -> None:

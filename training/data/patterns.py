@@ -14,6 +14,7 @@ from training.data.tar_pairs import IMAGE_EXTENSIONS
 
 MAX_NAMES = 1_000_000
 GLOB_CHARACTERS = re.compile(r"[*?\[]")
+COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz)$", re.IGNORECASE)
 TABLE_EXTENSIONS = ("parquet", "csv", "tsv", "json", "jsonl", "arrow")
 
 
@@ -55,6 +56,30 @@ def expand_braces(pattern: str) -> list[str]:
     return names
 
 
+def list_files(folder: str) -> list[str]:
+    """Return the files of a folder and its subfolders, sorted; links to folders are followed, each folder once.
+
+    Names that begin with a dot are left out.
+    """
+    files, visited = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def count_deeper_tars(source: str) -> int:
+    """Return the number of tars in subfolders of a folder that has tars itself, which `expand` leaves out."""
+    folder = os.path.expanduser(source)
+    if not os.path.isdir(folder) or not any(map(is_tar, os.listdir(folder))):
+        return 0
+    return sum(is_tar(file) and os.path.dirname(file) != folder.rstrip("/") for file in list_files(folder))
+
+
 def is_tar(name: str) -> bool:
     """Return whether a file name is a tar's."""
     return name.lower().endswith(".tar")
@@ -94,10 +119,14 @@ def _match(name: str) -> list[str]:
 def _list_folder(folder: str) -> list[str]:
     """Return the tars of a folder and its subfolders, or the folder itself if it has none."""
     top = sorted(str(path) for path in Path(folder).iterdir() if is_tar(path.name))
+    files = top or list_files(folder)
+    if compressed := [name for name in [*os.listdir(folder), *files] if COMPRESSED_TAR.search(name)]:
+        raise UserError(
+            f"train_data {folder} holds compressed tars ({compressed[0]}): decompress them, since pairs are read at "
+            "random places."
+        )
     if top:
-        # Subfolders beside them may be other splits.
-        return top
-    files = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True))
+        return top  # subfolders beside them may be other splits, see `count_deeper_tars`
     tars = [file for file in files if is_tar(file)]
     if not tars:
         return [folder]

@@ -83,11 +83,17 @@ def download_repository(source: str) -> list[str]:
     repository, path = split_repository(source)
     patterns = expand_braces(path)
     try:
-        folder = snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
+        # Unlike in `glob`, ** stands for a folder at least here.
+        allowed = [*patterns, *(pattern.replace("**/", "") for pattern in patterns)]
+        folder = snapshot_download(repository, repo_type="dataset", allow_patterns=allowed)
     except Exception as error:  # the client raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"train_data {source} cannot be downloaded: {reason}") from None
-    return [file for pattern in patterns for file in sorted(glob.glob(os.path.join(folder, pattern)))]
+    paths = [os.path.join(glob.escape(folder), pattern) for pattern in patterns]
+    files = [file for path in paths for file in sorted(glob.glob(path, recursive=True))]
+    if not files:
+        raise UserError(f"train_data {source}: there is no such file in {repository}.")
+    return files
 
 
 def split_repository(source: str) -> tuple[str, str]:

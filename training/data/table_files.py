@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
+import glob
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
@@ -16,30 +15,17 @@ import pyarrow as pa
 from eval.tables import leave_out_empty
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
-from training.data.arrow_files import choose_cache, convert_table
-from training.data.csv_rows import find_separator, read_rows
-from training.data.tables import OPEN_CLIP_COLUMNS
+from training.data.arrow_files import choose_cache, convert_table, file_state
+from training.data.csv_rows import read_header, read_records
+from training.data.folders import load_with_files_beside, load_with_metadata
+from training.data.pairs import OPEN_CLIP_COLUMNS
+from training.data.records import SCHEMA, read_json
+from training.data.remote import copy_tables, is_remote
+from training.data.tables import Table
 from training.data.tar import LFS_POINTER
-from training.data.tar_pairs import IMAGE_EXTENSIONS
 
 
 TABLE_LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
-METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-
-
-@dataclass
-class Table:
-    """A loaded table.
-
-    Attributes:
-        rows: the table.
-        folder: where relative paths of images begin.
-        notes: remarks on what was left out.
-    """
-
-    rows: datasets.Dataset
-    folder: Path
-    notes: tuple[str, ...] = ()
 
 
 def load_table(source: str, files: list[str], config: DataConfig) -> Table:
@@ -61,7 +47,7 @@ def load_table(source: str, files: list[str], config: DataConfig) -> Table:
             return _load_folder(path, source, config)
         if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.suffix:
             raise UserError(f"train_data {source}: there is no such file or folder.")
-        return _load_dataset(source, path.parent, split=config.train_split)
+        return _load_dataset(source, source, path.parent, config)
     except UserError:
         raise
     except Exception as error:  # datasets raises many kinds
@@ -89,17 +75,17 @@ def _load_files(source: str, files: list[str], config: DataConfig) -> Table:
     folder = Path(files[0]).parent
     if suffix not in TABLE_LOADERS:
         raise UserError(f"train_data {source}: unknown kind of file; use .tar or one of {', '.join(TABLE_LOADERS)}.")
-    if TABLE_LOADERS[suffix] == "csv":
-        return _load_csv(source, files, config)
     if empty := [file for file in files if os.path.getsize(file) == 0]:
         raise UserError(f"train_data {source}: {empty[0]} is empty.")
     if pointers := [file for file in files if _is_pointer(file)]:
         raise UserError(f"train_data {source}: {pointers[0]} is a Git LFS pointer; fetch the file with git lfs pull.")
-    if suffix == ".json" and len(files) == 1 and (coco := _load_coco(files[0], config)) is not None:
-        return coco
+    if suffix in TEXT_LOADERS:
+        return TEXT_LOADERS[suffix](source, files, config)
     if suffix == ".parquet" and not (files := leave_out_empty(files)):
         raise UserError(f"train_data {source} has no rows.")
-    return _load_dataset(TABLE_LOADERS[suffix], folder, data_files={split: files}, split=split)
+    return _load_dataset(
+        TABLE_LOADERS[suffix], source, folder, config, data_files={split: [glob.escape(file) for file in files]}
+    )
 
 
 def _is_pointer(file: str) -> bool:
@@ -107,46 +93,44 @@ def _is_pointer(file: str) -> bool:
         return stream.read(len(LFS_POINTER)) == LFS_POINTER
 
 
-def _load_dataset(path: str, folder: Path, split: str, data_files: dict[str, list[str]] | None = None) -> Table:
-    """Load a table by `datasets`, converted outside its cache where that cannot be written."""
+def _load_dataset(
+    path: str, source: str, folder: Path, config: DataConfig, data_files: dict[str, list[str]] | None = None
+) -> Table:
+    """Load a table by `datasets`, converted outside its cache where that cannot be written; text is read here."""
     cache, note = choose_cache()
-    rows = datasets.load_dataset(path, data_files=data_files, split=split, cache_dir=cache)
+    if data_files is None:
+        builder = datasets.load_dataset_builder(path, cache_dir=cache)
+        files = list((builder.config.data_files or {}).get(config.train_split, []))
+        suffixes = {PurePosixPath(file).suffix.lower() for file in files}
+        if suffixes and suffixes <= set(TEXT_LOADERS) and len({TEXT_LOADERS[suffix] for suffix in suffixes}) == 1:
+            local = copy_tables(files) if any(is_remote(file) for file in files) else files
+            return TEXT_LOADERS[suffixes.pop()](source, local, config)
+    rows = datasets.load_dataset(path, data_files=data_files, split=config.train_split, cache_dir=cache)
     return Table(rows, folder, (note,) if note else ())
 
 
 def _load_csv(source: str, files: list[str], config: DataConfig) -> Table:
     """Load CSV and TSV files."""
-    separator = config.csv_separator
-    if separator is None:
-        columns = [{config.image_column, config.caption_column}, set(OPEN_CLIP_COLUMNS)]
-        separator = find_separator(files[0], columns) or ("\t" if files[0].lower().endswith(".tsv") else ",")
-    header = next(read_rows(files[0], separator), None)
-    if header is None:
-        raise UserError(f"train_data {source} has no rows.")
-    if len(set(header)) < len(header):
-        raise UserError(f"train_data {source}: the header names a column twice: {header}.")
+    columns = [{config.image_column, config.caption_column}, set(OPEN_CLIP_COLUMNS)]
+    header, separator = read_header(files, config.csv_separator, columns)
     rows, note = convert_table(
-        functools.partial(_csv_records, files, separator, header),
+        functools.partial(read_records, files, separator, header),
         pa.schema([(name, pa.string()) for name in header]),
-        (separator, [_file_state(file) for file in files]),
+        (separator, [file_state(file) for file in files]),
     )
     return Table(rows, Path(files[0]).parent, (note,) if note else ())
 
 
-def _file_state(file: str | Path) -> tuple[str, int, int]:
-    status = os.stat(file)
-    return os.path.abspath(file), status.st_size, status.st_mtime_ns
+def _load_json(source: str, files: list[str], config: DataConfig) -> Table:
+    """Load files of JSON, one of which may be COCO's captions."""
+    if len(files) == 1 and (coco := _load_coco(files[0], config)) is not None:
+        return coco
+    identity = ("json", [file_state(file) for file in files])
+    rows, note = convert_table(functools.partial(read_json, files), SCHEMA, identity)
+    return Table(rows, Path(files[0]).parent, (note,) if note else (), has_records=True)
 
 
-def _csv_records(files: list[str], separator: str, header: list[str]) -> Iterator[dict[str, str | None]]:
-    """Iterate over the rows of files as {column: text}; a row with too many or too few fields has None for all."""
-    for file in files:
-        rows = read_rows(file, separator)
-        if next(rows, None) != header:
-            raise UserError(f"train_data {file} has another header than {files[0]}.")
-        for fields in rows:
-            # The pair is listed as unusable when training reaches it.
-            yield dict(zip(header, fields if len(fields) == len(header) else [None] * len(header), strict=True))
+TEXT_LOADERS = {".csv": _load_csv, ".tsv": _load_csv, ".json": _load_json, ".jsonl": _load_json}
 
 
 def _load_coco(file: str, config: DataConfig) -> Table | None:
@@ -178,7 +162,7 @@ def _load_coco(file: str, config: DataConfig) -> Table | None:
         {config.image_column: image["file_name"], config.caption_column: captions[image["id"]]} for image in images
     ]
     schema = pa.schema([(config.image_column, pa.string()), (config.caption_column, pa.list_(pa.string()))])
-    rows, note = convert_table(lambda: records, schema, _file_state(file))
+    rows, note = convert_table(lambda: records, schema, file_state(file))
     missing = len(content["images"]) - len(images)
     notes = (f"ignored: {missing} images without a caption" if missing else None, note)
     return Table(rows, _find_images(Path(file), names), tuple(filter(None, notes)))
@@ -219,37 +203,9 @@ def _load_folder(folder: Path, source: str, config: DataConfig) -> Table:
         return Table(rows, folder)
     if not any(folder.iterdir()):
         raise UserError(f"train_data {source} is an empty folder.")
-    if (table := _load_images_with_texts(folder, config)) is not None:
+    if (table := load_with_metadata(folder, source, config) or load_with_files_beside(folder, config)) is not None:
         return table
-    return _load_dataset(str(folder), folder, split)
-
-
-def _load_images_with_texts(folder: Path, config: DataConfig) -> Table | None:
-    """Load images with a `.txt` of the same name beside them; None if the folder is laid out otherwise."""
-    root = folder / config.train_split if (folder / config.train_split).is_dir() else folder
-    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
-    if any(path.name in METADATA_FILES or path.suffix.lower() in TABLE_LOADERS for path in files):
-        return None
-    images = [path for path in files if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS]
-    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
-    pairs = [(str(path), texts[path.with_suffix("")]) for path in images if path.with_suffix("") in texts]
-    if not pairs:
-        return None
-    captions = [text.read_text(encoding="utf-8", errors="surrogateescape").strip() for _, text in pairs]
-    records = [
-        {config.image_column: image, config.caption_column: caption}
-        for (image, _), caption in zip(pairs, captions, strict=True)
-        if _is_utf8(caption)
-    ]
-    schema = pa.schema([(config.image_column, pa.string()), (config.caption_column, pa.string())])
-    rows, note = convert_table(lambda: records, schema, [_file_state(text) for _, text in pairs])
-    counts = {
-        "images without a caption": len(images) - len(pairs),
-        "captions without an image": len(texts) - len({text for _, text in pairs}),
-        "captions that are not UTF-8": len(pairs) - len(records),
-    }
-    ignored = ", ".join(f"{count} {cause}" for cause, count in counts.items() if count)
-    return Table(rows, folder, tuple(filter(None, (f"ignored: {ignored}" if ignored else None, note))))
+    return _load_dataset(str(folder), source, folder, config)
 
 
 def _is_utf8(text: str) -> bool:

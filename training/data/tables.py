@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,24 @@ import pyarrow as pa
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
 from training.data.image_values import check_image_values, resolve_image
-from training.data.pairs import Pairs, check_columns, usable_captions
+from training.data.pairs import OPEN_CLIP_COLUMNS, Pairs, check_columns, named_columns, usable_captions
 
 
-OPEN_CLIP_COLUMNS = {"filepath": "image", "title": "caption"}
+@dataclass
+class Table:
+    """A loaded table.
+
+    Attributes:
+        rows: the table.
+        folder: where relative paths of images begin.
+        notes: remarks on what was left out.
+        has_records: whether its rows are JSON, see `training.data.records`.
+    """
+
+    rows: datasets.Dataset
+    folder: Path
+    notes: tuple[str, ...] = ()
+    has_records: bool = False
 
 
 class TablePairs(Pairs):
@@ -43,13 +58,17 @@ class TablePairs(Pairs):
         self.source, self.folder, self.notes = source, folder, notes
         self.shard_sizes = [len(rows)]
         self.caption_column, self.image_column = config.caption_column, config.image_column
-        rows = rename_open_clip_columns(rows)
+        rows = rename_open_clip_columns(
+            rows.with_format(None), named_columns(config)
+        )  # a saved set may have torch's or NumPy's
         types = {field.name: field.type for field in rows.features.arrow_schema}
         check_columns(config, source, {name: _example(type_) for name, type_ in types.items()})
         for column in (config.caption_column, *config.further_caption_columns):
             if not _is_caption_type(types[column]):
                 kind = "images" if isinstance(rows.features[column], datasets.Image) else str(types[column])
                 raise UserError(f"caption_column {column!r} of {source} is {kind}; every caption must be text.")
+        # Other columns are not read, and need not be readable.
+        rows = rows.select_columns([name for name in rows.column_names if name in named_columns(config)])
         if isinstance(rows.features[self.image_column], datasets.Image) or pa.types.is_binary(types[self.image_column]):
             rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
         self.rows = rows
@@ -57,25 +76,34 @@ class TablePairs(Pairs):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        return {**row, self.image_column: resolve_image(row[self.image_column], self.folder)}
+        names = {name: self._name_classes(name, row[name]) for name in row}
+        return {**names, self.image_column: resolve_image(row[self.image_column], self.folder)}
 
     def describe(self, index: int) -> tuple[str, str]:
         return f"row {index}", self.source
 
     def captions(self) -> Iterator[str]:
-        return usable_captions(iter(self.rows[self.caption_column]))
+        column = self.caption_column
+        return usable_captions(self._name_classes(column, value) for value in self.rows[column])
 
     def column(self, name: str) -> list[Any]:
         return self.rows[name]
+
+    def _name_classes(self, column: str, value: Any) -> Any:
+        """Return the name of a class that a column holds as a number, and any other value as it is."""
+        feature = self.rows.features[column]
+        if not isinstance(feature, datasets.ClassLabel) or value is None:
+            return value
+        return feature.names[value] if value >= 0 else None  # -1 stands for no label
 
     def report(self) -> str:
         return "; ".join([f"{self.source}: {len(self)} pairs", *self.notes])
 
 
-def rename_open_clip_columns(rows: datasets.Dataset) -> datasets.Dataset:
-    """Rename `filepath` and `title`, the columns of open_clip's tables, to `image` and `caption`."""
+def rename_open_clip_columns(rows: datasets.Dataset, named: Collection[str]) -> datasets.Dataset:
+    """Rename `filepath` and `title`, the columns of open_clip's tables, to `image` and `caption`, unless named."""
     columns = rows.column_names
-    if not set(OPEN_CLIP_COLUMNS) <= set(columns):
+    if not set(OPEN_CLIP_COLUMNS) <= set(columns) or set(OPEN_CLIP_COLUMNS) & set(named):
         return rows
     return rows.rename_columns({old: new for old, new in OPEN_CLIP_COLUMNS.items() if new not in columns})
 
@@ -94,7 +122,7 @@ def _is_list(type_: pa.DataType) -> bool:
 
 
 def _is_text(type_: pa.DataType) -> bool:
-    return pa.types.is_string(type_) or pa.types.is_large_string(type_)
+    return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
 
 
 def _is_caption_type(type_: pa.DataType) -> bool:

@@ -23,7 +23,7 @@ from training.data.tar import BLOCK, ByteSource, Damage, TarMember, TarReader
 from training.data.tar_pairs import Part, group_members
 
 
-MAGIC = b"AMORLIP\x02"
+MAGIC = b"AMORLIP\x03"
 PREFIX = struct.Struct("<8sII")  # magic, bytes of the summary, checksum of the summary
 PAIR = struct.Struct("<6I")
 """Block of 512 bytes where a member begins and its size in bytes, for each member; block 0 marks a missing one."""

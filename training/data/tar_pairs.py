@@ -15,7 +15,8 @@ PREFERRED_IMAGES = ("jpg", "jpeg", "png", "webp")
 OTHER_IMAGES = {extension.removeprefix(".") for extension in DECODABLE_EXTENSIONS} - set(PREFERRED_IMAGES)
 IMAGE_EXTENSIONS = (*PREFERRED_IMAGES, *sorted(OTHER_IMAGES))
 """Extensions of images, in order of preference where a pair has several."""
-TEXT_EXTENSIONS = ("txt", "text", "caption", "cls")
+CLASS_EXTENSION = "cls"
+TEXT_EXTENSIONS = ("txt", "text", "caption", CLASS_EXTENSION)
 JSON_EXTENSION = "json"
 EXTENSIONS = {*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS, JSON_EXTENSION}
 
@@ -221,8 +222,10 @@ def _join_dotted_names(groups: dict[str, list[dict[str, Part]]], ignored: Counte
 def _make_pair(key: str, parts: dict[str, Part], ignored: Counter[str]) -> TarPair | None:
     """Return the pair that members of one key form; None if the image or the caption is missing."""
     image = next((parts[name] for name in IMAGE_EXTENSIONS if name in parts), None)
-    text = next((parts[name] for name in TEXT_EXTENSIONS if name in parts), None)
     json = parts.get(JSON_EXTENSION)
+    # The number of a class is no caption where there may be a better one.
+    texts = [name for name in TEXT_EXTENSIONS if name in parts and not (name == CLASS_EXTENSION and json)]
+    text = parts[texts[0]] if texts else None
     if image is None or (text is None and json is None):
         ignored[NO_IMAGE if image is None else NO_CAPTION] += len(parts)
         return None

@@ -18,6 +18,7 @@ from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
 from training.data.index_cache import IndexCache
 from training.data.pairs import MAX_CAPTION_CHARACTERS, Pairs, check_columns, usable_captions
+from training.data.patterns import count_deeper_tars
 from training.data.shards import LocalFile, Shards
 from training.data.tar_index import Place
 
@@ -100,6 +101,8 @@ class TarPairs(Pairs):
         if self.damage:
             shown = [f"{shard}: {damage}" for shard, damage in list(self.damage.items())[:MAX_DAMAGE_SHOWN]]
             parts.append(f"{_count(len(self.damage), 'damaged shard')}: {'; '.join(shown)}")
+        if deeper := count_deeper_tars(self.source):
+            parts.append(f"not read: {_count(deeper, 'tar')} in its subfolders")
         if self.index.note:
             parts.append(self.index.note)
         return "; ".join(parts)

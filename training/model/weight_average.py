@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class WeightAverage:
@@ -29,8 +30,11 @@ class WeightAverage:
     def update(self, step: int) -> None:
         """Include the weights after a step (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, current in self._current.items():
-            self.tensors[name].lerp_(current.detach(), 1 - decay)
+        averages, current = (
+            [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+            for tensors in (self.tensors, self._current)
+        )
+        torch._foreach_lerp_(averages, current, 1 - decay)  # in few kernels, and equal to lerp_ bit for bit
 
     @torch.no_grad()
     def restart(self) -> None:

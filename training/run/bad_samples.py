@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_amorlip.cli_amorlip import UserError
-from training.run.run_logger import RunLogger
+from training.run.run_logger import RunLogger, step_of
 
 
 MIN_PAIRS = 1000
@@ -70,8 +70,9 @@ def merge_bad_samples(folder: Path, last_step: int) -> None:
     entries = []
     for path in (merged, *parts):
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        entries += [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # a last line may be cut
-    entries = sorted((entry for entry in entries if entry["step"] <= last_step), key=lambda entry: entry["step"])
+        lines = text[: text.rfind("\n") + 1].splitlines()  # a last line may be cut
+        entries += [json.loads(line) for line in lines if step_of(line) <= last_step]
+    entries.sort(key=lambda entry: entry["step"])
     temporary = folder / f".{LOG}.writing"
     temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
     os.replace(temporary, merged)

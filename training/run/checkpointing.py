@@ -129,6 +129,20 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(path.parent for path in (output_dir / "checkpoints").glob(f"step_*/{STATE_FILE}"))
 
 
+def set_aside_later_checkpoints(output_dir: Path, step: int) -> None:
+    """Rename the checkpoints after the step that a run continues from.
+
+    They belong to steps that are done again: they would count among the newest ones, and be resumed by "latest".
+    """
+    later = [path for path in list_checkpoints(output_dir) if int(path.name.removeprefix("step_")) > step]
+    for path in later:
+        aside = path.with_name(path.name.replace("step_", "set_aside_"))
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    if later:
+        print(f"The checkpoints after step {step} are set aside as {later[0].parent}/set_aside_*; remove them at will.")
+
+
 def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
     """Return the folder that `resume_from_checkpoint` names.
 
@@ -200,7 +214,8 @@ def load_checkpoint(accelerator: Accelerator, weights: TrainedWeights, folder: P
         state: a fresh state, with the layout of this run.
 
     Raises:
-        UserError: the global batch size differs, which would change the position in the data.
+        UserError: the global batch size differs, which would change the position in the data, or model, optimizer or
+            objective are others.
     """
     saved, processes = read_train_state(folder), accelerator.num_processes
     if saved.global_batch_size != state.global_batch_size:
@@ -209,14 +224,23 @@ def load_checkpoint(accelerator: Accelerator, weights: TrainedWeights, folder: P
             f"but this run has {state.global_batch_size} over {processes}: set per_device_train_batch_size to "
             f"{saved.global_batch_size / processes:g}."
         )
-    weights.load(accelerator, folder)
+    try:
+        weights.load(accelerator, folder)
+    except (RuntimeError, ValueError, KeyError, CheckpointException) as error:
+        if is_connection_error(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{folder} does not fit the settings of this run ({reason}). Resume with the old values; to change what "
+            "is trained, start a new run with --model, a folder with the finished model."
+        ) from error
     if saved.num_processes != processes:
         accelerator.print(
             f"A run of {saved.num_processes} processes continues with {processes}: the samples and the mathematics are "
             "the same, but random numbers (dropout) and rounding differ; it is not the same to the last bit."
         )
     saved.num_processes = processes
-    saved.steps_per_epoch, saved.num_pairs = state.steps_per_epoch, state.num_pairs
+    saved.steps_per_epoch, saved.num_pairs, saved.data = state.steps_per_epoch, state.num_pairs, state.data
     return saved
 
 

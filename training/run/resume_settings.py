@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import PretrainConfig, unknown_name
+from training.run.checkpointing import find_checkpoint
+from training.run.run_logger import read_run_config
 
 
 CHANGEABLE = {
@@ -33,6 +36,33 @@ class Change:
 
     def __str__(self) -> str:
         return f"{self.name} is {self.new!r}, and was {self.old!r}"
+
+
+def find_resumed(output_dir: Path, resume_from: str) -> Path | None:
+    """Return the checkpoint that a run continues from; None for the first step of the run in `output_dir`.
+
+    Args:
+        output_dir: folder of the run.
+        resume_from: "latest" or a checkpoint's folder. The latest of a run that was stopped before its first checkpoint
+            is the one that it began with, if any.
+
+    Raises:
+        UserError: there is no such checkpoint, or the folder holds a run that did not begin with it.
+    """
+    checkpoint = find_checkpoint(output_dir, resume_from)
+    if not (output_dir / "run_config.yaml").exists():
+        return checkpoint
+    if checkpoint is not None and output_dir.resolve() in checkpoint.resolve().parents:
+        return checkpoint
+    origin = read_run_config(output_dir).get("resume_from_checkpoint") or "latest"
+    if checkpoint is None:
+        return None if origin == "latest" else find_checkpoint(output_dir, origin)
+    if origin == "latest" or Path(origin).resolve() != checkpoint.resolve():
+        raise UserError(
+            f"output_dir {output_dir} already holds another run, which would be overwritten: continue that one with "
+            "--resume_from_checkpoint latest, or choose another output_dir."
+        )
+    return checkpoint
 
 
 def check_resumed_config(saved: PretrainConfig, current: PretrainConfig) -> list[Change]:

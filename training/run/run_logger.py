@@ -95,8 +95,16 @@ class RunLogger:
         """Drop a log's lines of steps after `step`, and a last line that was cut off."""
         path = self.folder / f"{name}.jsonl"
         if path.exists():
-            kept = [line + "\n" for line in self.lines(name) if json.loads(line)["step"] <= step]
+            kept = [line + "\n" for line in self.lines(name) if step_of(line) <= step]
             _write_whole(path, "".join(kept))
+
+
+def step_of(line: str) -> float:
+    """Return the step of a line, infinity for one that is damaged, as after a power failure."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:

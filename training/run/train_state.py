@@ -19,6 +19,7 @@ class TrainState:
         skipped_steps: steps that were skipped for non-finite gradients.
         order_version: version of the order of the data; checkpoints that do not name one have the first.
         num_pairs: pairs of the data; 0 in checkpoints of earlier versions.
+        data: fingerprint of the data; empty in checkpoints of earlier versions.
     """
 
     step: int = 0
@@ -29,6 +30,7 @@ class TrainState:
     skipped_steps: int = 0
     order_version: int = 1
     num_pairs: int = 0
+    data: str = ""
 
     @property
     def epoch(self) -> int:

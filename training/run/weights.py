@@ -36,6 +36,7 @@ class TrainedWeights:
         module: the encoder and the objective.
         optimizer: optimizer of the encoder.
         average: moving average of the weights; None without one.
+        settings: keys of the optimizer's groups that hold settings of the run, which are not those of a checkpoint.
         sharded: whether they are divided among processes; Accelerate saves and loads module and optimizer otherwise.
     """
 
@@ -43,6 +44,7 @@ class TrainedWeights:
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None = None
     sharded: bool = False
+    settings: tuple[str, ...] = ()
 
     def save(self, accelerator: Accelerator, folder: Path) -> None:
         """Write everything to the folder of a checkpoint. All processes must call this."""
@@ -56,7 +58,12 @@ class TrainedWeights:
             save_file(tensors, folder / AVERAGE_FILE)
 
     def load(self, accelerator: Accelerator, folder: Path) -> None:
-        """Restore everything from the folder of a checkpoint, whether it is sharded as this run is or not."""
+        """Restore everything from the folder of a checkpoint, whether it is sharded as this run is or not.
+
+        Raises:
+            ValueError: the checkpoint is of another optimizer.
+        """
+        fresh = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
         is_whole = not self.sharded and not is_sharded(folder)
         with contextlib.nullcontext() if is_whole else without_model_and_optimizer(accelerator):
             accelerator.load_state(str(folder))
@@ -64,6 +71,10 @@ class TrainedWeights:
             load_sharded(folder, self.module, self.optimizer)
         elif self.sharded:
             load_whole(folder, self.module, self.optimizer)
+        for group, values in zip(self.optimizer.param_groups, fresh, strict=True):
+            if missing := values.keys() - group.keys():
+                raise ValueError(f"its optimizer has no {', '.join(sorted(missing))}")
+            group.update((key, values[key]) for key in self.settings if key in values)
         if self.average is not None:
             self._load_average(self.average, folder)
 

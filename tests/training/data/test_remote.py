@@ -6,9 +6,12 @@ import hashlib
 import itertools
 import pickle
 import shutil
+import signal
 import threading
+import time
 from types import SimpleNamespace
 
+import datasets
 import fsspec
 import numpy as np
 import pytest
@@ -20,9 +23,11 @@ import training.data.mixture
 import training.data.remote
 import training.data.shard_cache
 from modeling_amorlip.cli_amorlip import UserError
+from tests.helpers.checkout import start_forked
 from tests.helpers.hub_server import Hub, Repository, connect
+from tests.helpers.runs import assert_same_weights, read_metrics, train
 from tests.helpers.shard_server import ShardServer
-from tests.helpers.shards import make_config, write_shards
+from tests.helpers.shards import PLAIN, make_config, write_shards
 from training.data.checksums import Checksum, read_checksum
 from training.data.dataset import make_dataloader
 from training.data.mixture import open_pairs
@@ -30,6 +35,7 @@ from training.data.order import EpochOrder, PairSampler
 from training.data.prefetch import PrefetchingSampler
 from training.data.shard_cache import RemoteFile, ShardCache
 from training.data.shards import ShardError
+from training.run.checkpointing import list_checkpoints
 
 
 SHARDS = "{00000..00006}.tar"
@@ -254,6 +260,60 @@ def test_shards_of_the_hub_are_read_by_its_client(rows, cache, tmp_path, monkeyp
     finally:
         hub.close()
         HfFileSystem.clear_instance_cache()
+
+
+@pytest.mark.e2e
+def test_a_kill_over_remote_shards_resumes_exactly(recipe, server, cache, tmp_path):
+    """The short form of twenty kills, in test_remote_runs.py."""
+    path = recipe(
+        **PLAIN,
+        train_data=f"{server.address}/{SHARDS}",
+        shuffle="shards",
+        shuffle_buffer=30,
+        shard_cache_size=4 * max(path.stat().st_size for path in server.folder.iterdir()) / 1e9,
+        num_train_epochs=50,
+        max_steps=8,
+        lr_scheduler_type="constant",  # the run that is killed is longer, so that it is not over by then
+        checkpoint_every=2,
+        keep_last=100,
+        dataloader_num_workers=1,
+    )
+    hurt, whole = tmp_path / "hurt", tmp_path / "whole"
+    command = ("training/pretrain.py", "--config", path, "--output_dir", hurt)
+    patches = {f"training.data.{module}.HF_HOME": str(tmp_path / "cache") for module in ("index_cache", "remote")}
+    process = start_forked(*command, "--max_steps", 1000, output=tmp_path / "output", patches=patches)
+    metrics = hurt / "metrics.jsonl"
+    while process.is_alive() and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()
+    min(cache.glob("*.tar")).unlink()
+    for checkpoint in list_checkpoints(hurt)[1:]:  # those of a slow start would lie after the last step
+        shutil.rmtree(checkpoint)
+    train(path, "--output_dir", hurt, "--resume_from_checkpoint", "latest", "--dataloader_num_workers", 0)
+    train(path, "--output_dir", whole, "--train_data", server.folder, "--dataloader_num_workers", 0)
+    assert read_metrics(hurt) == read_metrics(whole)
+    assert_same_weights(hurt, whole)
+
+
+def test_tables_of_the_hub_lie_in_any_folder(rows, tmp_path, monkeypatch):
+    folder = tmp_path / "snapshots[1]"
+    (folder / "data/more").mkdir(parents=True)
+    for place in ("0.parquet", "data/1.parquet", "data/more/2.parquet"):
+        datasets.Dataset.from_list(rows[:3]).to_parquet(folder / place)
+    allowed = []
+
+    def download(repository, repo_type, allow_patterns):
+        allowed.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(training.data.remote, "snapshot_download", download)
+    assert len(open_pairs(make_config("hf://datasets/user/pairs/**/*.parquet"))) == 9
+    assert "*.parquet" in allowed[0] and "**/*.parquet" in allowed[0]
+    assert len(open_pairs(make_config("hf://datasets/user/pairs/data/{1,more/2}.parquet"))) == 6
+    with pytest.raises(UserError, match="no.parquet: there is no such file in user/pairs"):
+        open_pairs(make_config("hf://datasets/user/pairs/no.parquet"))
 
 
 def test_other_stores_are_read_through_fsspec(rows, tmp_path, cache):

@@ -8,6 +8,8 @@ import pickle
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -64,6 +66,13 @@ def test_a_separator_may_be_given(folder):
     assert captions_of(folder / "a.csv", csv_separator=":") == ["a", "b"]
     with pytest.raises(UserError, match="image_column 'image' is not in .*; its columns: .'image:caption'"):
         open_pairs(make_config(folder / "a.csv"))
+
+
+def test_a_tab_may_be_given_as_it_is_typed(folder):
+    (folder / "a.csv").write_text("image\tcaption\n0.png\ta\n")
+    assert captions_of(folder / "a.csv", csv_separator="\\t") == ["a"]
+    with pytest.raises(UserError, match="csv_separator is empty"):
+        open_pairs(make_config(folder / "a.csv", csv_separator=""))
 
 
 @pytest.mark.parametrize("separator", ["\t", ","])
@@ -331,3 +340,61 @@ def test_splits_of_saved_sets_are_checked(tmp_path):
     for name in ("one", "two"):
         with pytest.raises(UserError, match="train_split 'nosuch' is not in"):
             open_pairs(make_config(tmp_path / name, train_split="nosuch"))
+
+
+def test_columns_that_are_not_named_need_not_be_readable(tmp_path):
+    images = [{"bytes": file, "path": None} for file in FILES]
+    rows = datasets.Dataset.from_dict({"image": images, "caption": COLORS, "thumbnail": [{"bytes": b"x"}] * 4})
+    rows = rows.cast_column("image", datasets.Image()).cast_column("thumbnail", datasets.Image())
+    rows.to_parquet(tmp_path / "a.parquet")
+    assert captions_of(tmp_path / "a.parquet") == COLORS
+
+
+def test_classes_are_captions_by_their_names(tmp_path):
+    rows = datasets.Dataset.from_dict({"image": FILES, "kind": [0, 1, 1, -1]})
+    rows = rows.cast_column("kind", datasets.ClassLabel(names=["cat", "big_dog"]))
+    rows.to_parquet(tmp_path / "a.parquet")
+    config = make_config(tmp_path / "a.parquet", caption_column="kind")
+    pairs = open_pairs(config)
+    assert list(pairs.captions()) == ["cat", "big_dog", "big_dog"]
+    dataset = PairDataset(pairs, config, 8)
+    assert dataset[0, 1].caption == "big_dog" and dataset[0, 3].bad_samples
+
+
+@pytest.mark.parametrize("kind, columns", [("torch", None), ("numpy", None), ("arrow", None), (None, ["group"])])
+def test_saved_sets_with_a_format_are_read_as_others(tmp_path, kind, columns):
+    rows = datasets.Dataset.from_dict({"image": FILES, "caption": COLORS, "group": [1, 1, 2, 2]})
+    rows.with_format(kind, columns=columns).save_to_disk(tmp_path / "saved")
+    assert captions_of(tmp_path / "saved", group_column="group") == COLORS
+    assert open_pairs(make_config(tmp_path / "saved", group_column="group")).column("group") == [1, 1, 2, 2]
+
+
+def test_views_of_text_are_text(tmp_path):
+    pq.write_table(pa.table({"image": FILES, "caption": pa.array(COLORS, pa.string_view())}), tmp_path / "a.parquet")
+    assert captions_of(tmp_path / "a.parquet") == COLORS
+
+
+def test_one_caption_of_several_that_cannot_be_used_costs_no_pair(tmp_path):
+    path = write_parquet(
+        tmp_path / "a.parquet",
+        FILES,
+        [["a", None], ["", "b"], None, []],
+        more=["c", None, "d", None],
+        tags=[["x", None, ""]] * 4,
+    )
+    config = make_config(path, further_caption_columns=["more"], keywords_column="tags", keywords_probability=1.0)
+    dataset = PairDataset(open_pairs(config), config, 8)
+    drawn = [{dataset[epoch, i].caption for epoch in range(20)} for i in range(4)]
+    assert (
+        drawn[0] == {"a, x", "x, a", "c, x", "x, c"} and drawn[1] == {"b, x", "x, b"} and drawn[2] == {"d, x", "x, d"}
+    )
+    assert all(dataset[epoch, 3].bad_samples for epoch in range(20))
+    assert not any(dataset[epoch, i].bad_samples for epoch in range(20) for i in range(3))
+
+
+def test_nan_is_no_caption_and_numbers_are_keywords(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", FILES, [1.0, float("nan"), 2.5, 3.0], tags=[[7]] * 4)
+    config = make_config(path, keywords_column="tags", keywords_probability=1.0)
+    dataset = PairDataset(open_pairs(config), config, 8)
+    assert set(dataset[0, 2].caption.split(", ")) == {"2.5", "7"}
+    assert "the caption is 'nan'" in dataset[0, 1].bad_samples[0]["reason"]

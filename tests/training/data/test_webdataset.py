@@ -65,6 +65,30 @@ def test_captions_lose_a_byte_order_mark(tmp_path):
     assert open_pairs(make_config(tmp_path))[0]["caption"] == "a cat"
 
 
+def test_the_number_of_a_class_is_no_caption_beside_json(tmp_path):
+    about = json.dumps({"caption": "a cat"}).encode()
+    write_tar(
+        tmp_path / "0.tar", [("a.png", b"x"), ("a.cls", b"3"), ("a.json", about), ("b.png", b"x"), ("b.cls", b"4")]
+    )
+    pairs = open_pairs(make_config(tmp_path))
+    assert list(pairs.captions()) == ["a cat", "4"]
+    assert "1 members of a pair in a second format" in pairs.report()[0]
+
+
+def test_tars_that_a_folder_holds_besides_are_told(tmp_path):
+    write_tar(tmp_path / "0.tar", [("a.png", b"x"), ("a.txt", b"a")])
+    (tmp_path / "more").mkdir()
+    write_tar(tmp_path / "more/1.tar", [("b.png", b"x"), ("b.txt", b"b")])
+    (line,) = open_pairs(make_config(tmp_path)).report()
+    assert "1 pairs in 1 shard" in line and "not read: 1 tar in its subfolders" in line
+    (tmp_path / "more/2.tar.gz").write_bytes(b"compressed")
+    assert len(open_pairs(make_config(tmp_path))) == 1
+    for folder in (tmp_path / "more", tmp_path):
+        (folder / "3.tgz").write_bytes(b"compressed")
+        with pytest.raises(UserError, match="holds compressed tars .*gz.*: decompress them"):
+            open_pairs(make_config(folder))
+
+
 def test_the_report_counts_what_is_left_out(shards):
     write_tar(shards / "2.tar", [("a.jpg", b""), ("b.txt", b""), ("c.npy", b""), ("d.jpg", b""), ("d.txt", b"d")])
     content = (shards / "1.tar").read_bytes()

@@ -81,3 +81,18 @@ def test_average_that_a_checkpoint_lacks_starts_from_its_weights(recipe, tmp_pat
         trainer = build(path, "--output_dir", tmp_path / "run", *RESUME, *options)
     for name, parameter in trainer.model.named_parameters():
         assert not parameter.requires_grad or torch.equal(trainer.weights.average.tensors[name], parameter)
+
+
+def test_an_update_equals_that_of_each_tensor_by_itself():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(300, 7), torch.nn.BatchNorm1d(7), torch.nn.Linear(7, 5).double())
+    average = WeightAverage(model, 0.999)
+    assert {tensor.dtype for tensor in average.tensors.values()} == {torch.float32, torch.float64}
+    expected = {name: tensor.clone() for name, tensor in average.tensors.items()}
+    state = model.state_dict()
+    for step in (0, 1, 50, 20_000):
+        for name, tensor in expected.items():
+            state[name].add_(torch.randn_like(tensor))
+            tensor.lerp_(state[name], 1 - min(0.999, (1 + step) / (10 + step)))
+        average.update(step)
+    assert all(torch.equal(average.tensors[name], tensor) for name, tensor in expected.items())
