@@ -33,7 +33,7 @@ def read_tar(path: Path, select: Callable[[int], bool] | None = None) -> Iterato
 
 
 def _check_end_of_archive(path: Path) -> None:
-    """Raise `UserError` for a compressed tar, and for one without its trailing zeros, which would pass for a shorter."""
+    """Raise `UserError` for a compressed tar, or one without its trailing zeros, which would pass for a shorter one."""
     with path.open("rb") as file:
         if file.read(2) == b"\x1f\x8b":
             raise UserError(f"{path} is compressed with gzip: decompress it with gunzip, or repack it with tar.")
