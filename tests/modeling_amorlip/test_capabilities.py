@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, CLIPConfig, CLIPModel, Trainer, TrainingArguments
+from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, Trainer, TrainingArguments
 
 from modeling_amorlip import (
     AmorLIPForImageClassification,
@@ -17,7 +17,7 @@ from modeling_amorlip import (
     AmorLIPVisionModelWithProjection,
 )
 from modeling_amorlip.amortizer_amorlip import infonce_loss
-from tests.helpers import distributed_trainer
+from tests.helpers import distributed_trainer, hub_server, models
 from tests.helpers.checkout import run
 from tests.helpers.towers import (
     IMAGE,
@@ -362,3 +362,28 @@ def test_adapters_save_the_embeddings(tmp_path):
         model.save_pretrained(tmp_path, save_embedding_layers=True)
         loaded = peft.PeftModel.from_pretrained(make_model("clip", model_class), tmp_path)
         assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+# -- the Hub -----------------------------------------------------------------------------------------------------------
+
+
+def test_push_to_hub(tmp_path, monkeypatch):
+    """Model and processor with their code; a model from the Hub is pushed with the same code again."""
+    hub = hub_server.Hub()
+    try:
+        hub_server.connect(monkeypatch, hub, tmp_path)
+        model, processor = models.make_model()
+        pixels = make_inputs()["pixel_values"]
+        model.push_to_hub("user/model")
+        processor.push_to_hub("user/model")
+        loaded = AutoModel.from_pretrained("user/model")
+        assert torch.equal(loaded(pixel_values=pixels).image_embeds, model(pixel_values=pixels).image_embeds)
+        assert type(AutoProcessor.from_pretrained("user/model")) is type(processor)
+        loaded.push_to_hub("user/again")
+        first, again = (hub.repositories[f"user/{name}"].at("main")[1] for name in ("model", "again"))
+        code = {name for name in first if name.endswith(".py")}
+        assert "modeling_amorlip.py" in code and all(again[name] == first[name] for name in code)
+        AmorLIPVisionModelWithProjection(model.config).push_to_hub("user/vision")
+        assert type(AutoModel.from_pretrained("user/vision")) is AmorLIPVisionModelWithProjection
+    finally:
+        hub.close()
