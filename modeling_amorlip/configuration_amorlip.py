@@ -1,7 +1,6 @@
 """Configuration of AmorLIP: two encoders of any kind, their projections and the amortizer heads."""
 
-from __future__ import annotations
-
+import copy
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -160,9 +159,9 @@ def _as_dict(config: dict | PreTrainedConfig | None) -> dict:
 
 
 def _encoder_config(config: dict | PreTrainedConfig | None, field: str, default_type: str) -> PreTrainedConfig:
-    """Return an encoder's configuration; a dual encoder such as CLIP gives that of its tower."""
+    """Return a copy of an encoder's configuration; a dual encoder such as CLIP gives that of its tower."""
     if isinstance(config, PreTrainedConfig):
-        return getattr(config, field, config)
+        return copy.deepcopy(getattr(config, field, config))
     model_type = (config or {}).get("model_type", default_type)
     try:
         config = AutoConfig.for_model(model_type, **_as_dict(config))

@@ -150,6 +150,8 @@ def encode_texts(
     """Return the encoder's output for [T, length], padded on either side, with `pooler_output` [T, width] pooled."""
     kwargs = _output_options(encoder, config, kwargs)
     if attention_mask is not None:
+        if (shape := [*attention_mask.shape]) != [*input_ids.shape]:  # rolling would cut the texts
+            raise ValueError(f"attention_mask is {shape}, input_ids is {[*input_ids.shape]}: make them equal.")
         attention_mask, input_ids, token_type_ids = pad_right(attention_mask, input_ids, token_type_ids)
     if token_type_ids is not None:
         kwargs["token_type_ids"] = token_type_ids
@@ -160,6 +162,8 @@ def encode_texts(
 
 def _output_options(encoder: PreTrainedModel, config: AmorLIPConfig, kwargs: dict) -> dict:
     """Fill in the whole model's flags for outputs, and leave out those that the encoder does not know."""
+    if kwargs.pop("inputs_embeds", None) is not None:
+        raise ValueError("inputs_embeds is not supported: pass input_ids, by which texts are pooled, or pixel_values.")
     flags = {name: kwargs.pop(name, None) for name in ("output_hidden_states", "output_attentions")}
     flags = {name: getattr(config, name) if value is None else value for name, value in flags.items()}
     if not any(flags.values()):
@@ -205,7 +209,7 @@ def pool(
         attention_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     if pooling == "mean":
         weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * weights).sum(1) / weights.sum(1)
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)  # an empty text is 0
     position = (attention_mask * torch.arange(1, hidden.shape[1] + 1, device=hidden.device)).argmax(1)
     if pooling == "eos" and is_end is not None:
         is_end = is_end & (attention_mask != 0)

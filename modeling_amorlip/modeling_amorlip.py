@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -159,7 +158,7 @@ class AmorLIPModel(AmorLIPPreTrainedModel):
         for side, source in (("vision", vision), ("text", text)):
             if not isinstance(source, dict | PreTrainedConfig):
                 encoders[side] = source = load_encoder(source, side)
-            config[f"{side}_config"] = copy.deepcopy(getattr(source, "config", source))
+            config[f"{side}_config"] = getattr(source, "config", source)
         model = cls(AmorLIPConfig(**config))
         for side, encoder in encoders.items():
             copy_weights(encoder, getattr(model, f"{side}_model"), side)

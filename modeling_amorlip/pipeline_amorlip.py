@@ -1,7 +1,5 @@
 """Texts padded as their encoder was trained, and Transformers' zero-shot image classification with them."""
 
-from __future__ import annotations
-
 from transformers import ZeroShotImageClassificationPipeline
 from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY

@@ -4,8 +4,6 @@ before they subsample, and attention in place of global pooling. The paper's ima
 are named as in CLIP's and OpenCLIP's checkpoints, without their prefix `visual.`.
 """
 
-from __future__ import annotations
-
 import contextlib
 
 import torch

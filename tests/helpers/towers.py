@@ -55,6 +55,17 @@ def make_inputs(pairs: int = 3) -> dict[str, torch.Tensor]:
     }
 
 
+def make_rows(pairs: int = 8) -> list[dict[str, torch.Tensor]]:
+    """Make a dataset of pairs."""
+    inputs = make_inputs(pairs)
+    return [{name: tensor[row] for name, tensor in inputs.items()} for row in range(pairs)]
+
+
+def collate_pairs(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | bool]:
+    """Make a batch that asks for the model's own loss."""
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | {"return_loss": True}
+
+
 def without_dropout(model: nn.Module) -> nn.Module:
     """Set every dropout of a model to 0, so that training mode is deterministic."""
     for module in model.modules():

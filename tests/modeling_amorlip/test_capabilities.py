@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, CLIPConfig, CLIPModel, Trainer, TrainingArguments
+from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, Trainer, TrainingArguments
 
 from modeling_amorlip import (
     AmorLIPForImageClassification,
@@ -17,7 +17,20 @@ from modeling_amorlip import (
     AmorLIPVisionModelWithProjection,
 )
 from modeling_amorlip.amortizer_amorlip import infonce_loss
-from tests.helpers.towers import IMAGE, SIZES, TOWERS, WORDS, make_config, make_inputs, replicate, without_dropout
+from tests.helpers import distributed_trainer, hub_server, models
+from tests.helpers.checkout import run
+from tests.helpers.towers import (
+    IMAGE,
+    SIZES,
+    TOWERS,
+    WORDS,
+    collate_pairs,
+    make_config,
+    make_inputs,
+    make_rows,
+    replicate,
+    without_dropout,
+)
 
 
 CLASSES = (
@@ -204,19 +217,23 @@ LABELS = {
 
 
 @pytest.mark.parametrize("problem_type", LABELS)
-def test_gradient_accumulation_gives_the_gradient_of_one_step(problem_type, tmp_path):
+@every_pair
+def test_gradient_accumulation_gives_the_gradient_of_one_step(towers, problem_type, tmp_path, monkeypatch):
+    # Statistics of a batch would differ from those of its parts.
+    monkeypatch.setattr(nn.BatchNorm2d, "train", lambda self, mode=True: nn.Module.train(self, False))
     pixels = make_inputs(8)["pixel_values"]
     rows = [{"pixel_values": p, "labels": y} for p, y in zip(pixels, LABELS[problem_type], strict=True)]
     results = []
     for steps in (1, 2, 4):
-        model = make_model("clip", AmorLIPForImageClassification, num_labels=3, problem_type=problem_type)
+        fields = {"num_labels": 3, "problem_type": problem_type}
+        model = without_dropout(make_model(towers, AmorLIPForImageClassification, **fields))
         arguments = TrainingArguments(
             output_dir=str(tmp_path),
             per_device_train_batch_size=8 // steps,
             gradient_accumulation_steps=steps,
             max_steps=1,
             logging_steps=1,
-            max_grad_norm=1e9,
+            max_grad_norm=0.0,
             optim="sgd",
             lr_scheduler_type="constant",
             learning_rate=1.0,
@@ -234,14 +251,9 @@ def test_gradient_accumulation_gives_the_gradient_of_one_step(problem_type, tmp_
         torch.testing.assert_close(gradient, results[0][1], rtol=1e-3, atol=1e-5)
 
 
-def collate_pairs(rows):
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | {"return_loss": True}
-
-
 @pytest.mark.parametrize("option", ["torch_compile", "bf16_full_eval", "gradient_checkpointing"])
 def test_trainer_with_the_models_own_loss(option, tmp_path):
-    inputs = make_inputs(8)
-    rows = [{name: tensor[row] for name, tensor in inputs.items()} for row in range(8)]
+    rows = make_rows(8)
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         per_device_train_batch_size=4,
@@ -276,6 +288,33 @@ def test_distributed_training_with_gradient_checkpointing(tmp_path):
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
+@pytest.fixture(scope="module")
+def trained_by_two_processes(tmp_path_factory):
+    output = tmp_path_factory.mktemp("distributed") / "weights.pt"
+    result = run("tests/helpers/distributed_trainer.py", output, launch=2)
+    assert result.returncode == 0, result.stderr
+    return torch.load(output)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("checkpointing", distributed_trainer.CHECKPOINTING)
+@every_pair
+def test_trainer_in_two_processes_takes_the_steps_of_one(towers, checkpointing, trained_by_two_processes):
+    """Each process has half of the pairs; a step takes the mean of their gradients."""
+    model = distributed_trainer.make_model(towers)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), distributed_trainer.LEARNING_RATE)
+    rows = make_rows(distributed_trainer.PAIRS)
+    for _ in range(distributed_trainer.STEPS):
+        for half in (rows[:4], rows[4:]):
+            (model(**collate_pairs(half)).loss / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in model.named_parameters():
+        moved = trained_by_two_processes[towers, checkpointing][name] - before[name]
+        torch.testing.assert_close(moved, parameter.detach() - before[name], rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ["fc1", "fc2"]])
 def test_adapters_reach_the_heads(targets):
     """Names of CLIP's layers are names of the heads' too."""
@@ -308,6 +347,14 @@ def test_a_class_of_a_notebook_is_saved_as_what_it_derives_from(tmp_path):
     assert auto_map["AutoModel"] == "modeling_amorlip.AmorLIPTextModelWithProjection"
 
 
+def test_adapters_of_a_task_type():
+    """PEFT's model for feature extraction passes `inputs_embeds=None`."""
+    model, inputs = make_model("clip"), make_inputs()
+    expected = model(**inputs).logits_per_image
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="FEATURE_EXTRACTION")
+    assert torch.equal(peft.get_peft_model(model, config)(**inputs).logits_per_image, expected)
+
+
 def test_adapters_save_the_embeddings(tmp_path):
     make = functools.partial(peft.LoraConfig, r=2, target_modules=["q_proj"])
     for model_class in (AmorLIPModel, AmorLIPTextModelWithProjection):
@@ -315,3 +362,28 @@ def test_adapters_save_the_embeddings(tmp_path):
         model.save_pretrained(tmp_path, save_embedding_layers=True)
         loaded = peft.PeftModel.from_pretrained(make_model("clip", model_class), tmp_path)
         assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+# -- the Hub -----------------------------------------------------------------------------------------------------------
+
+
+def test_push_to_hub(tmp_path, monkeypatch):
+    """Model and processor with their code; a model from the Hub is pushed with the same code again."""
+    hub = hub_server.Hub()
+    try:
+        hub_server.connect(monkeypatch, hub, tmp_path)
+        model, processor = models.make_model()
+        pixels = make_inputs()["pixel_values"]
+        model.push_to_hub("user/model")
+        processor.push_to_hub("user/model")
+        loaded = AutoModel.from_pretrained("user/model")
+        assert torch.equal(loaded(pixel_values=pixels).image_embeds, model(pixel_values=pixels).image_embeds)
+        assert type(AutoProcessor.from_pretrained("user/model")) is type(processor)
+        loaded.push_to_hub("user/again")
+        first, again = (hub.repositories[f"user/{name}"].at("main")[1] for name in ("model", "again"))
+        code = {name for name in first if name.endswith(".py")}
+        assert "modeling_amorlip.py" in code and all(again[name] == first[name] for name in code)
+        AmorLIPVisionModelWithProjection(model.config).push_to_hub("user/vision")
+        assert type(AutoModel.from_pretrained("user/vision")) is AmorLIPVisionModelWithProjection
+    finally:
+        hub.close()

@@ -1,10 +1,13 @@
 """Whatever a model is cast to, whenever: forward, backward, saving and loading, and float32 where it matters."""
 
+import copy
+import json
+
 import pytest
 import torch
 from transformers import AutoModel
 
-from modeling_amorlip import AmorLIPModel
+from modeling_amorlip import AmorLIPConfig, AmorLIPModel
 from modeling_amorlip.configuration_amorlip import HEAD_TYPES
 from tests.helpers.towers import TOWERS, make_config, make_inputs
 
@@ -86,3 +89,21 @@ def test_logits_are_float32_under_autocast(towers):
     assert outputs.logits_per_image.dtype == outputs.loss.dtype == torch.float32
     expected = model.logit_scale.exp() * outputs.image_embeds.float() @ outputs.text_embeds.float().T
     torch.testing.assert_close(outputs.logits_per_image, expected)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["bfloat16", torch.bfloat16])
+def test_encoders_have_the_dtype_of_the_whole_model(name, value, tmp_path):
+    """What a configuration of an encoder remembers of a checkpoint's dtype does not count, nor in a saved folder."""
+    config = make_config("clip", layers=1).to_dict()
+    config["vision_config"][name] = config["text_config"][name] = value
+    for build in (AmorLIPModel, AutoModel.from_config):
+        model = build(AmorLIPConfig(**copy.deepcopy(config)))
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    saved["vision_config"][name] = "bfloat16"
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert {p.dtype for p in AutoModel.from_pretrained(tmp_path).parameters()} == {torch.float32}
+    model = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert model.vision_model.dtype == model.text_model.dtype == torch.bfloat16

@@ -170,6 +170,7 @@ def test_poolings_against_loops(side):
     for pooling, vectors in expected.items():
         pooled = pool(BaseModelOutput(last_hidden_state=hidden), pooling, mask, ids == end)
         torch.testing.assert_close(pooled, torch.stack(vectors))
+    assert torch.equal(pool(BaseModelOutput(last_hidden_state=hidden), "mean", 0 * mask), torch.zeros(3, 4).double())
     with pytest.raises(ValueError, match="no pooler_output"):
         pool(BaseModelOutput(last_hidden_state=hidden), "pooler")
 

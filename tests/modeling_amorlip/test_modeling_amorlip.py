@@ -13,6 +13,7 @@ from transformers import (
     AutoProcessor,
     CLIPImageProcessor,
     CLIPProcessor,
+    GPT2Config,
     pipeline,
 )
 
@@ -85,6 +86,24 @@ def test_padding_further_changes_nothing(model, processor):
     torch.testing.assert_close(a, b)
 
 
+def test_inputs_that_would_be_cut_or_ignored_are_refused(model, inputs):
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with pytest.raises(ValueError, match=r"attention_mask is \[3, \d+\], input_ids is \[3, \d+\]"):
+        model(input_ids=ids, attention_mask=mask[:, :-1])
+    embeds = model.get_input_embeddings()(ids)
+    for other in ({"input_ids": ids}, {"pixel_values": inputs["pixel_values"]}):
+        with pytest.raises(ValueError, match="inputs_embeds is not supported"):
+            model(**other, inputs_embeds=embeds)
+    assert model(**inputs, inputs_embeds=None).logits_per_image.shape == (3, 3)  # as PEFT calls models
+
+
+def test_configurations_of_encoders_are_left_untouched():
+    text = GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2, n_positions=16, dtype="float16")
+    before = text.to_dict()
+    AmorLIPModel(make_config(text_config=text))
+    assert text.to_dict() == before and text.use_cache and text._attn_implementation is None
+
+
 def test_auto_classes_and_round_trip(model, folder, inputs):
     assert isinstance(AutoConfig.from_pretrained(folder), AmorLIPConfig)
     assert isinstance(AutoProcessor.from_pretrained(folder), CLIPProcessor)
@@ -153,6 +172,11 @@ def test_wrong_image_size_is_named(model):
     "changes, message",
     [
         ({"projection_dim": 0}, "projection_dim is 0"),
+        ({"projection_dim": "32"}, "'projection_dim' expected int, got str"),
+        ({"projection_dim": None}, "'projection_dim' expected int, got NoneType"),
+        ({"logit_scale_init_value": "2.6"}, "'logit_scale_init_value' with value '2.6'"),
+        ({"vision_config": {"model_type": "amorlip_resnet", "width": 64.0}}, "'width' expected int, got float"),
+        ({"amortizer_config": {"size": "8"}}, "'size' expected int, got str"),
         ({"amortizer_config": {"head_type": "mlp"}}, "head_type is 'mlp'.*residual_mlp"),
         ({"amortizer_config": {"width_factor": -1}}, "width_factor is -1"),
         ({"vision_config": {"image_size": 224, "patch_size": 15}}, "Use image_size 210 or 225"),
