@@ -117,7 +117,7 @@ def check_repo_id(repo_id: str) -> None:
     except HFValidationError as error:
         reason = str(error).strip().splitlines()[0]
     if reason:
-        raise UserError(f"--repo_id {repo_id!r} must be USER/NAME or ORGANIZATION/NAME: {reason}.")
+        raise UserError(f"The repository {repo_id!r} must be USER/NAME or ORGANIZATION/NAME: {reason}.")
 
 
 def collect_files(folder: Path, results: Path | None) -> dict[str, str | bytes]:

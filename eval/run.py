@@ -26,7 +26,7 @@ from eval.download import download
 from eval.evaluators.probes import PROBES
 from eval.identity import is_of_model
 from eval.models import identify_model, load_model
-from eval.publish import publish
+from eval.publish import check_repo_id, publish
 from eval.report import EVALUATED, Report, check_writable, print_report, read_report
 from eval.runner import RESAMPLES, EvaluationOptions, evaluate_task, unevaluated
 from eval.scoring import SCORINGS, SinkhornSettings, scoring_name
@@ -182,6 +182,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.push_to_hub and not (arguments.output and Path(arguments.model or "").is_dir()):
         raise UserError("--push_to_hub needs --output, and a folder as --model.")
+    if arguments.push_to_hub:
+        check_repo_id(arguments.push_to_hub)
     if not (arguments.list or arguments.download or (arguments.model and arguments.tasks)):
         raise UserError("--model and --tasks are required, or --list, or --download.")
     for name, minimum in (("batch_size", 1), ("bootstrap", 0), ("num_workers", 0)):

@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
+from eval.publish import check_repo_id
 from eval.tasks import Task, load_task
 from modeling_amorlip import AmorLIPConfig
 from modeling_amorlip.cli_amorlip import UserError
@@ -59,6 +60,8 @@ def build_trainer(config: PretrainConfig) -> Trainer:
     checkpoint = find_start(config)
     config, objective_settings = resolve_objective(config)
     check_settings(config, checkpoint)
+    if config.push_to_hub:
+        check_repo_id(config.push_to_hub)
     tasks = [load_task(name) for name in config.eval_tasks]
     sharding = take_sharding_settings(os.environ)
     accelerator = build_accelerator(config)

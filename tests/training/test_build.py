@@ -43,6 +43,7 @@ RESNET = {"model_type": "resnet", "image_size": 32, "embedding_size": 8, "hidden
         (["--eval_tasks", "[emoji_openmojo]"], "did you mean emoji_openmoji?"),
         (["--tokenizer", "/nowhere"], "tokenizer /nowhere cannot be loaded"),
         (["--output_dir", "LICENSE"], "is a file"),
+        (["--push_to_hub", "false"], "The repository 'false' must be USER/NAME"),
         (["--micro_batch_size", "-1"], "micro_batch_size must be at least 0"),
         (["--objective_args.amortization", "mse"], "amortization is 'mse'; choose one of"),
         (["--objective", "neuclip", "--objective_args", "{}", "--amortizer_config.head_type", "queue"], "prototypes"),
