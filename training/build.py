@@ -31,7 +31,7 @@ from training.model.encoder import EncoderWithObjective, PairEncoder
 from training.model.weight_average import WeightAverage
 from training.model.whole_models import WholeModels, copy_without_weights
 from training.objectives import OBJECTIVES, ContrastiveObjective
-from training.optimizers import OPTIMIZER_SETTINGS, make_optimizer
+from training.optimizers import make_optimizer
 from training.run.checkpointing import load_checkpoint, read_train_state
 from training.run.flops import FlopMeter
 from training.run.processes import build_accelerator, check_same_data, vary_random_state
@@ -60,8 +60,6 @@ def build_trainer(config: PretrainConfig) -> Trainer:
     checkpoint = find_start(config)
     config, objective_settings = resolve_objective(config)
     check_settings(config, checkpoint)
-    if config.push_to_hub:
-        check_repo_id(config.push_to_hub)
     tasks = [load_task(name) for name in config.eval_tasks]
     sharding = take_sharding_settings(os.environ)
     accelerator = build_accelerator(config)
@@ -75,9 +73,7 @@ def build_trainer(config: PretrainConfig) -> Trainer:
     wrapped, optimizer = distribute(module, config, accelerator, None if empty is None else sharding)
     vary_random_state(config.seed, accelerator.process_index)
     average = WeightAverage(built.model, config.ema_decay) if config.ema_decay else None
-    group_settings = (*OPTIMIZER_SETTINGS, *config.optimizer_args)
-    weights = TrainedWeights(module, optimizer.optimizer, average, empty is not None, group_settings)
-    total_steps = count_steps(config, sampler.steps_per_epoch, checkpoint)
+    weights = TrainedWeights(module, optimizer.optimizer, average, empty is not None, tuple(config.optimizer_args))
     dataloader, validation_loader = build_loaders(config, built, pairs, sampler)
     logger = RunLogger(Path(config.output_dir))
     return Trainer(
@@ -93,8 +89,8 @@ def build_trainer(config: PretrainConfig) -> Trainer:
         pairs=pairs,
         dataloader=dataloader,
         evaluator=Evaluator(config, accelerator, logger, tasks, validation_loader),
+        total_steps=count_steps(config, sampler.steps_per_epoch, checkpoint),
         state=start_state(config, accelerator, weights, sampler, pairs, checkpoint),
-        total_steps=total_steps,
         flops=flops,
         checkpoint=checkpoint,
     )
@@ -203,11 +199,13 @@ def find_start(config: PretrainConfig) -> Path | None:
 
 
 def check_settings(config: PretrainConfig, checkpoint: Path | None) -> None:
-    """Compare the settings of a resumed run with those of its first start.
+    """Check the repository to publish to, and a resumed run's settings against those of its first start.
 
     Raises:
-        UserError: a setting differs that may not change, and `override` does not name it.
+        UserError: the repository's name is wrong, or a setting differs that may not and `override` does not name it.
     """
+    if config.push_to_hub:
+        check_repo_id(config.push_to_hub)
     if checkpoint is not None and (checkpoint.parent.parent / "run_config.yaml").is_file():
         settings = read_run_config(checkpoint.parent.parent)
         del settings["versions"]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from training.model.encoder import EncoderWithObjective
 from training.model.weight_average import WeightAverage
+from training.optimizers import OPTIMIZER_SETTINGS
 from training.run.sharded_state import (
     AVERAGE_FOLDER,
     is_sharded,
@@ -36,8 +37,8 @@ class TrainedWeights:
         module: the encoder and the objective.
         optimizer: optimizer of the encoder.
         average: moving average of the weights; None without one.
-        settings: keys of the optimizer's groups that hold settings of the run, which are not those of a checkpoint.
         sharded: whether they are divided among processes; Accelerate saves and loads module and optimizer otherwise.
+        settings: options of the optimizer beside the usual ones; those of the run count, not those of a checkpoint.
     """
 
     module: EncoderWithObjective
@@ -74,7 +75,7 @@ class TrainedWeights:
         for group, values in zip(self.optimizer.param_groups, fresh, strict=True):
             if missing := values.keys() - group.keys():
                 raise ValueError(f"its optimizer has no {', '.join(sorted(missing))}")
-            group.update((key, values[key]) for key in self.settings if key in values)
+            group.update((key, values[key]) for key in (*OPTIMIZER_SETTINGS, *self.settings) if key in values)
         if self.average is not None:
             self._load_average(self.average, folder)
 
