@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 from tests.helpers.checkout import DEMO, TINY, pretrain
@@ -22,12 +23,17 @@ torch.set_num_threads(1)  # as many workers of pytest-xdist as cores share the m
 
 
 def pytest_collection_modifyitems(config, items):
-    """Run tests marked `slow` or `interop` only where `-m` names the mark."""
+    """Run tests marked `slow` or `interop` only where `-m` names the mark, and files with `e2e` tests first.
+
+    These take longest: at the end they would keep one worker busy while the others have nothing to do.
+    """
     marks = {mark for mark in ("slow", "interop") if mark not in config.option.markexpr}
     skipped = [item for item in items if marks.intersection(mark.name for mark in item.iter_markers())]
     if skipped:
         config.hook.pytest_deselected(items=skipped)
         items[:] = [item for item in items if item not in set(skipped)]
+    long_files = Counter(item.path for item in items if item.get_closest_marker("e2e"))
+    items.sort(key=lambda item: -long_files[item.path])
 
 
 @pytest.fixture(autouse=True)

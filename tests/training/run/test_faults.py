@@ -92,7 +92,7 @@ def test_signal_while_saving(recipe, tmp_path, capsys):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_leave_no_trace(recipe, rows, tmp_path, kills):
     """Two processes on shards; SIGKILL to all of them at once, at any moment and also while they save."""
     moments = random.Random(kills)
