@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+import datasets
 
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
@@ -54,6 +57,36 @@ class Pairs(ABC):
     def report(self) -> str:
         """Return a line on what the source holds, and what of it is left out for which reason."""
         return f"{self.source}: {len(self)} pairs"
+
+
+class RowPairs(Pairs):
+    """The rows of a table.
+
+    Args:
+        rows: the table.
+        source: the entry of `train_data` that names it.
+        config: names of columns.
+        folder: where relative paths begin.
+        notes: remarks for `report`.
+
+    Raises:
+        UserError: the table has no rows, a column is missing, or a column holds values of another type.
+    """
+
+    def __init__(
+        self, rows: datasets.Dataset, source: str, config: DataConfig, folder: Path, notes: tuple[str, ...] = ()
+    ):
+        if len(rows) == 0:
+            raise UserError(f"train_data {source} has no rows.")
+        self.rows, self.source, self.folder, self.notes = rows, source, folder, notes
+        self.shard_sizes = [len(rows)]
+        self.image_column, self.caption_column = config.image_column, config.caption_column
+
+    def describe(self, index: int) -> tuple[str, str]:
+        return f"row {index}", self.source
+
+    def report(self) -> str:
+        return "; ".join([f"{self.source}: {len(self)} pairs", *self.notes])
 
 
 def check_caption(caption: Any) -> str:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
 from training.data.image_values import check_image_values, resolve_image
-from training.data.pairs import OPEN_CLIP_COLUMNS, Pairs, check_columns, named_columns, usable_captions
+from training.data.pairs import OPEN_CLIP_COLUMNS, RowPairs, check_columns, named_columns, usable_captions
 
 
 RECORD = "record"
@@ -26,28 +26,13 @@ SPACE = b"\xef\xbb\xbf \t\r\n"  # with the mark that some editors put at the beg
 MAX_EXAMPLES = 1000  # records that are read for the names of columns
 
 
-class RecordPairs(Pairs):
-    """The records of a table with one column, `RECORD`, of JSON objects.
-
-    Args:
-        rows: the table.
-        source: the entry of `train_data` that names it.
-        config: names of columns.
-        folder: where relative paths begin.
-        notes: remarks for `report`.
-
-    Raises:
-        UserError: there are no records, or a column is missing or holds values of another type than its use needs.
-    """
+class RecordPairs(RowPairs):
+    """The records of a table with one column, `RECORD`, of JSON objects; arguments are those of `RowPairs`."""
 
     def __init__(
         self, rows: datasets.Dataset, source: str, config: DataConfig, folder: Path, notes: tuple[str, ...] = ()
     ):
-        if len(rows) == 0:
-            raise UserError(f"train_data {source} has no rows.")
-        self.rows, self.source, self.folder, self.notes = rows, source, folder, notes
-        self.shard_sizes = [len(rows)]
-        self.image_column, self.caption_column = config.image_column, config.caption_column
+        super().__init__(rows, source, config, folder, notes)
         self.columns = named_columns(config)
         examples: dict[str, Any] = {}
         for index in range(0, len(rows), max(1, len(rows) // MAX_EXAMPLES)):
@@ -61,18 +46,12 @@ class RecordPairs(Pairs):
         row = self._parse(self.rows[index])
         return {**row, self.image_column: resolve_image(row.get(self.image_column), self.folder)}
 
-    def describe(self, index: int) -> tuple[str, str]:
-        return f"row {index}", self.source
-
     def captions(self) -> Iterator[str]:
         return usable_captions(self._parse(row).get(self.caption_column) for row in self.rows)
 
     def column(self, name: str) -> list[Any]:
         values = (self._parse(row).get(name) for row in self.rows)
         return [json.dumps(value) if isinstance(value, (list, dict)) else value for value in values]
-
-    def report(self) -> str:
-        return "; ".join([f"{self.source}: {len(self)} pairs", *self.notes])
 
     def _parse(self, row: Mapping[str, str]) -> dict[str, Any]:
         """Return the columns of a record, those that open_clip's tables have under the names that are configured."""

@@ -13,7 +13,7 @@ import pyarrow as pa
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
 from training.data.image_values import check_image_values, resolve_image
-from training.data.pairs import OPEN_CLIP_COLUMNS, Pairs, check_columns, named_columns, usable_captions
+from training.data.pairs import OPEN_CLIP_COLUMNS, RowPairs, check_columns, named_columns, usable_captions
 
 
 @dataclass
@@ -33,34 +33,19 @@ class Table:
     has_records: bool = False
 
 
-class TablePairs(Pairs):
-    """The rows of a `datasets` table.
+class TablePairs(RowPairs):
+    """The rows of a `datasets` table; arguments are those of `RowPairs`.
 
     Captions may be text, numbers (used as text) or lists of texts, of which training draws one each time. Images may be
     paths, relative to the table or to the working folder, encoded bytes in any form, or base64 text.
-
-    Args:
-        rows: the table.
-        source: the entry of `train_data` that names it.
-        config: names of columns.
-        folder: where relative paths begin.
-        notes: remarks for `report`.
-
-    Raises:
-        UserError: the table has no rows, a column is missing, or a column holds values of another type.
     """
 
     def __init__(
         self, rows: datasets.Dataset, source: str, config: DataConfig, folder: Path, notes: tuple[str, ...] = ()
     ):
-        if len(rows) == 0:
-            raise UserError(f"train_data {source} has no rows.")
-        self.source, self.folder, self.notes = source, folder, notes
-        self.shard_sizes = [len(rows)]
-        self.caption_column, self.image_column = config.caption_column, config.image_column
-        rows = rename_open_clip_columns(
-            rows.with_format(None), named_columns(config)
-        )  # a saved set may have torch's or NumPy's
+        super().__init__(rows, source, config, folder, notes)
+        rows = rows.with_format(None)  # a saved set may have torch's or NumPy's
+        rows = rename_open_clip_columns(rows, named_columns(config))
         types = {field.name: field.type for field in rows.features.arrow_schema}
         check_columns(config, source, {name: _example(type_) for name, type_ in types.items()})
         for column in (config.caption_column, *config.further_caption_columns):
@@ -79,9 +64,6 @@ class TablePairs(Pairs):
         names = {name: self._name_classes(name, row[name]) for name in row}
         return {**names, self.image_column: resolve_image(row[self.image_column], self.folder)}
 
-    def describe(self, index: int) -> tuple[str, str]:
-        return f"row {index}", self.source
-
     def captions(self) -> Iterator[str]:
         column = self.caption_column
         return usable_captions(self._name_classes(column, value) for value in self.rows[column])
@@ -95,9 +77,6 @@ class TablePairs(Pairs):
         if not isinstance(feature, datasets.ClassLabel) or value is None:
             return value
         return feature.names[value] if value >= 0 else None  # -1 stands for no label
-
-    def report(self) -> str:
-        return "; ".join([f"{self.source}: {len(self)} pairs", *self.notes])
 
 
 def rename_open_clip_columns(rows: datasets.Dataset, named: Collection[str]) -> datasets.Dataset:
