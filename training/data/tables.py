@@ -57,26 +57,28 @@ class TablePairs(RowPairs):
         if isinstance(rows.features[self.image_column], datasets.Image) or pa.types.is_binary(types[self.image_column]):
             rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
         self.rows = rows
+        # Read once: each access of `Dataset.features` copies them.
+        self.class_names = {name: f.names for name, f in rows.features.items() if isinstance(f, datasets.ClassLabel)}
         check_image_values(rows, self.image_column, source, folder)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        names = {name: self._name_classes(name, row[name]) for name in row}
-        return {**names, self.image_column: resolve_image(row[self.image_column], self.folder)}
+        for name in self.class_names:
+            row[name] = self._name_class(name, row[name])
+        return {**row, self.image_column: resolve_image(row[self.image_column], self.folder)}
 
     def captions(self) -> Iterator[str]:
-        column = self.caption_column
-        return usable_captions(self._name_classes(column, value) for value in self.rows[column])
+        column, values = self.caption_column, self.rows[self.caption_column]
+        if column in self.class_names:
+            values = (self._name_class(column, value) for value in values)
+        return usable_captions(iter(values))
 
     def column(self, name: str) -> list[Any]:
         return self.rows[name]
 
-    def _name_classes(self, column: str, value: Any) -> Any:
-        """Return the name of a class that a column holds as a number, and any other value as it is."""
-        feature = self.rows.features[column]
-        if not isinstance(feature, datasets.ClassLabel) or value is None:
-            return value
-        return feature.names[value] if value >= 0 else None  # -1 stands for no label
+    def _name_class(self, column: str, value: int | None) -> str | None:
+        """Return the name of a class that a column holds as a number; -1 stands for no label."""
+        return None if value is None or value < 0 else self.class_names[column][value]
 
 
 def rename_open_clip_columns(rows: datasets.Dataset, named: Collection[str]) -> datasets.Dataset:

@@ -361,6 +361,14 @@ def test_classes_are_captions_by_their_names(tmp_path):
     assert dataset[0, 1].caption == "big_dog" and dataset[0, 3].bad_samples
 
 
+def test_reading_a_row_does_not_copy_the_table_s_features(tmp_path, monkeypatch):
+    pairs = open_pairs(make_config(write_parquet(tmp_path / "a.parquet", FILES, COLORS)))
+    copies = []
+    monkeypatch.setattr(datasets.Features, "copy", lambda self: copies.append(self) or self)
+    assert pairs[0]["caption"] == COLORS[0]
+    assert not copies
+
+
 @pytest.mark.parametrize("kind, columns", [("torch", None), ("numpy", None), ("arrow", None), (None, ["group"])])
 def test_saved_sets_with_a_format_are_read_as_others(tmp_path, kind, columns):
     rows = datasets.Dataset.from_dict({"image": FILES, "caption": COLORS, "group": [1, 1, 2, 2]})
