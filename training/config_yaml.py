@@ -62,7 +62,8 @@ def load_yaml(text: str, hint: Any = Any) -> Any:
     Args:
         text: The document.
         hint: Type of the value. Scalars that a type annotation declares as text stay as they are written: under `str`,
-            `2024-01-01`, `no` and `null` are text; under `str | None`, `null` is None.
+            `2024-01-01`, `no` and `null` are text; under `str | None`, `null` is None. `~` and no value are always
+            None.
 
     Raises:
         yaml.YAMLError: The text is not valid YAML, or a mapping has a key twice.
@@ -143,7 +144,7 @@ def _keep_text(node: yaml.Node, hint: Any) -> None:
     """Tag the scalars that `hint` declares as text as strings."""
     hint, optional = remove_none(hint)
     if isinstance(node, yaml.ScalarNode):
-        if is_text(hint) and not (optional and node.tag == NULL):
+        if is_text(hint) and not (node.tag == NULL and (optional or node.value in ("", "~"))):
             node.tag = STR
     elif isinstance(node, yaml.SequenceNode) and typing.get_origin(hint) is list:
         for member in node.value:

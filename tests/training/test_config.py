@@ -63,6 +63,13 @@ def test_null_unsets_an_optional_setting(parse):
     assert parse("--lora null", "lora: {rank: 4}").lora is None
 
 
+@pytest.mark.parametrize("nothing", ["~", ""])
+def test_a_text_without_a_value_is_refused(parse, nothing):
+    with pytest.raises(UserError, match="train_data must be text, got null"):
+        parse(recipe=f"train_data: {nothing}", paths="output_dir: out\n")
+    assert parse(recipe=f"group_column: {nothing}").group_column is None
+
+
 @pytest.mark.parametrize("text", ["true", "True", "1", "yes", "on"])
 def test_booleans(parse, text):
     assert parse(f"--compile {text}").compile is True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import glob
 import json
@@ -19,6 +20,7 @@ from training.data.arrow_files import choose_cache, convert_table, file_state
 from training.data.csv_rows import read_header, read_records
 from training.data.folders import load_with_files_beside, load_with_metadata
 from training.data.pairs import OPEN_CLIP_COLUMNS
+from training.data.patterns import list_files
 from training.data.records import SCHEMA, read_json
 from training.data.remote import copy_tables, is_remote
 from training.data.tables import Table
@@ -98,15 +100,26 @@ def _load_dataset(
 ) -> Table:
     """Load a table by `datasets`, converted outside its cache where that cannot be written; text is read here."""
     cache, note = choose_cache()
+    ignored: list[str] = []
     if data_files is None:
         builder = datasets.load_dataset_builder(path, cache_dir=cache)
-        files = list((builder.config.data_files or {}).get(config.train_split, []))
+        split_files = builder.config.data_files or {}
+        ignored = _note_other_tables(path, {file for members in split_files.values() for file in members})
+        files = list(split_files.get(config.train_split, []))
         suffixes = {PurePosixPath(file).suffix.lower() for file in files}
         if suffixes and suffixes <= set(TEXT_LOADERS) and len({TEXT_LOADERS[suffix] for suffix in suffixes}) == 1:
             local = copy_tables(files) if any(is_remote(file) for file in files) else files
-            return TEXT_LOADERS[suffixes.pop()](source, local, config)
+            table = TEXT_LOADERS[suffixes.pop()](source, local, config)
+            return dataclasses.replace(table, notes=(*table.notes, *ignored))
     rows = datasets.load_dataset(path, data_files=data_files, split=config.train_split, cache_dir=cache)
-    return Table(rows, folder, (note,) if note else ())
+    return Table(rows, folder, (*ignored, note) if note else tuple(ignored))
+
+
+def _note_other_tables(path: str, read: set[str]) -> list[str]:
+    """Return a remark on the tables of a folder that `datasets`, which reads the most frequent kind, leaves out."""
+    tables = [file for file in list_files(path) if Path(file).suffix.lower() in TABLE_LOADERS]
+    others = [os.path.relpath(file, path) for file in tables if os.path.abspath(file) not in read]
+    return [f"ignored: {len(others)} tables of other kinds, such as {others[0]}"] if others else []
 
 
 def _load_csv(source: str, files: list[str], config: DataConfig) -> Table:

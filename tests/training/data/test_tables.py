@@ -350,6 +350,15 @@ def test_columns_that_are_not_named_need_not_be_readable(tmp_path):
     assert captions_of(tmp_path / "a.parquet") == COLORS
 
 
+def test_tables_of_other_kinds_in_a_folder_are_told(tmp_path):
+    for name in "ab":
+        write_parquet(tmp_path / f"{name}.parquet", FILES, COLORS)
+    (tmp_path / "c.csv").write_text("image,caption\na.png,cat\n")
+    pairs = open_pairs(make_config(tmp_path))
+    assert len(pairs) == 8
+    assert "ignored: 1 tables of other kinds, such as c.csv" in pairs.parts[0].report()
+
+
 def test_classes_are_captions_by_their_names(tmp_path):
     rows = datasets.Dataset.from_dict({"image": FILES, "kind": [0, 1, 1, -1]})
     rows = rows.cast_column("kind", datasets.ClassLabel(names=["cat", "big_dog"]))
