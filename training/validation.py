@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from eval.data import find_data
 from eval.report import Evaluation, TaskResult, print_table, read_evaluations
-from eval.runner import EvaluationOptions, ProcessShard, evaluate_task
 from eval.tasks import ROOT, Task
 from modeling_amorlip import AmorLIPConfig
 from modeling_amorlip.cli_amorlip import UserError
@@ -182,6 +181,9 @@ class Evaluator:
                 self.logger.append(VALIDATION_LOG, {"step": step, **entry})
 
     def _evaluate_task(self, built: TrainingModel, task: Task, sheet_folder: Path | None) -> TaskResult:
+        # Here, so that training without tasks need not wait for `evaluate`.
+        from eval.runner import EvaluationOptions, ProcessShard, evaluate_task
+
         return evaluate_task(
             built.model,
             built.processor,

@@ -106,15 +106,14 @@ class Harness:
 
     def report_runs(self) -> list[Run]:
         """Return the runs of all tuned methods, ordered by seed so that an unfinished study compares all methods."""
-        sizes = sorted({size for method in self.study.methods for size in self.study.batch_sizes_of(method)})
-        chosen = {method: self.best_setting(method) for method in self.study.methods}
-        return [
+        runs = [
             Run(method, setting, size, seed)
-            for seed in self.study.seeds
-            for size in sizes
-            for method, setting in chosen.items()
-            if setting is not None and size in self.study.batch_sizes_of(method)
+            for method in self.study.methods
+            if (setting := self.best_setting(method)) is not None
+            for size in self.study.batch_sizes_of(method)
+            for seed in self.study.seeds_of(method)
         ]
+        return sorted(runs, key=lambda run: (run.seed, run.batch_size))
 
     def best_setting(self, method: str) -> int | None:
         """Return the setting with the highest development score, or None while a tuning run is missing."""

@@ -22,6 +22,7 @@ class Method:
     amortizer_config: dict = field(default_factory=dict)
     grid: dict[str, list] = field(default_factory=dict)
     batch_sizes: list[int] = field(default_factory=list)  # empty: the study's
+    seeds: list[int] = field(default_factory=list)  # empty: the study's
 
 
 @dataclass
@@ -65,6 +66,10 @@ class Study:
     def batch_sizes_of(self, method: str) -> list[int]:
         """Return the batch sizes that a method is reported at."""
         return self.methods[method].batch_sizes or self.batch_sizes
+
+    def seeds_of(self, method: str) -> list[int]:
+        """Return the seeds that a method is reported with."""
+        return self.methods[method].seeds or self.seeds
 
     def settings(self, method: str) -> list[dict[str, Any]]:
         """Return the settings of a method's grid, each as {recipe field: value}."""
