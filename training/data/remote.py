@@ -96,6 +96,11 @@ def download_repository(source: str) -> list[str]:
     return files
 
 
+def download_folder(repository: str) -> Path:
+    """Download a data set repository of the Hub, and return its local folder."""
+    return Path(snapshot_download(repository, repo_type="dataset"))
+
+
 def split_repository(source: str) -> tuple[str, str]:
     """Return the name of a data set repository of the Hub, and the pattern of files in it.
 

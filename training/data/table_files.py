@@ -18,11 +18,11 @@ from modeling_amorlip.cli_amorlip import UserError
 from training.config import DataConfig
 from training.data.arrow_files import choose_cache, convert_table, file_state
 from training.data.csv_rows import read_header, read_records
-from training.data.folders import load_with_files_beside, load_with_metadata
+from training.data.folders import METADATA_FILES, load_with_files_beside, load_with_metadata
 from training.data.pairs import OPEN_CLIP_COLUMNS
 from training.data.patterns import list_files
 from training.data.records import SCHEMA, read_json
-from training.data.remote import copy_tables, is_remote
+from training.data.remote import copy_tables, download_folder, is_remote
 from training.data.tables import Table
 from training.data.tar import LFS_POINTER
 
@@ -106,6 +106,8 @@ def _load_dataset(
         split_files = builder.config.data_files or {}
         ignored = _note_other_tables(path, {file for members in split_files.values() for file in members})
         files = list(split_files.get(config.train_split, []))
+        if any(is_remote(file) and PurePosixPath(file).name in METADATA_FILES for file in files):
+            return _load_folder(download_folder(source), source, config)
         suffixes = {PurePosixPath(file).suffix.lower() for file in files}
         if suffixes and suffixes <= set(TEXT_LOADERS) and len({TEXT_LOADERS[suffix] for suffix in suffixes}) == 1:
             local = copy_tables(files) if any(is_remote(file) for file in files) else files

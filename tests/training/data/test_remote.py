@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -257,6 +258,27 @@ def test_shards_of_the_hub_are_read_by_its_client(rows, cache, tmp_path, monkeyp
         assert_same(read_batches("hf://datasets/user/pairs/data/*.tar"), read_batches(tmp_path / "shards"))
         with pytest.raises(UserError, match="there is no hf://datasets/user/pairs/no"):
             open_pairs(make_config("hf://datasets/user/pairs/no*.tar"))
+    finally:
+        hub.close()
+        HfFileSystem.clear_instance_cache()
+
+
+def test_folders_of_images_on_the_hub_keep_their_captions_as_written(rows, tmp_path, monkeypatch):
+    hub = Hub()
+    connect(monkeypatch, hub, tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    HfFileSystem.clear_instance_cache()
+    try:
+        repository = hub.repositories["user/pictures"] = Repository(private=False)
+        captions = ["007", "NA", "1.50"]
+        files = {f"train/{i}.png": rows[i]["image"]["bytes"] for i in range(3)}
+        lines = [f"{i}.png,{caption}" for i, caption in enumerate(captions)]
+        files["train/metadata.csv"] = "\n".join(["file_name,caption", *lines]).encode()
+        repository.branches["main"] = repository.add(files, "data")
+        pairs = open_pairs(make_config("user/pictures"))
+        assert list(pairs.parts[0].captions()) == captions
+        assert Path(pairs[1]["image"]).read_bytes() == rows[1]["image"]["bytes"]
     finally:
         hub.close()
         HfFileSystem.clear_instance_cache()

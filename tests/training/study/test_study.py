@@ -200,7 +200,14 @@ def test_recipes_scale_with_batch_size(values, data_dir, tmp_path):
 
 def test_methods_may_have_batch_sizes_and_seeds_of_their_own(values, data_dir, tmp_path):
     methods = {"clip": {"objective": "clip"}, "dcl": {"objective": "dcl", "batch_sizes": [32], "seeds": [1]}}
-    changes = {"methods": methods, "baseline": "clip", "subject": None, "grid": {}, "batch_sizes": [16], "seeds": [0, 1]}
+    changes = {
+        "methods": methods,
+        "baseline": "clip",
+        "subject": None,
+        "grid": {},
+        "batch_sizes": [16],
+        "seeds": [0, 1],
+    }
     runs = make_harness(values, data_dir, tmp_path, **changes).report_runs()
     assert [tuple(run) for run in runs] == [("clip", 0, 16, 0), ("clip", 0, 16, 1), ("dcl", 0, 32, 1)]
 
