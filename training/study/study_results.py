@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import statistics
 from collections.abc import Mapping
@@ -66,20 +67,22 @@ def results_table(results: Results, development: list[str], report: list[str], b
     """Return a Markdown table with one row per method and batch size: percent, mean ± standard deviation over seeds.
 
     Columns: `mean` is the mean of the report tasks. `over ...` is the relative gain, paired by seed, with the lowest
-    seed in parentheses. `gallery` is the gain of scoring with exact partition functions over the mean, in points.
-    `half, exact` and `half, amortized` are such gains over the half of each gallery that heads were not fitted to, with
-    exact partition functions and with these heads. `head / batch` is the error of the heads at the end of training
-    divided by the error of a batch's own estimate.
+    seed in parentheses. `samples to ...` is the share of the samples after which the mean reaches the baseline's final
+    one with the same seed; it is empty unless every seed reaches it. `gallery` is the gain of scoring with exact
+    partition functions over the mean, in points. `half, exact` and `half, amortized` are such gains over the half of
+    each gallery that heads were not fitted to, with exact partition functions and with these heads. `head / batch` is
+    the error of the heads at the end of training divided by the error of a batch's own estimate.
     """
     tasks = report if len(report) > 1 else []
     titles = ["batch", "method", "seeds", "development", *tasks, "mean", f"over {baseline}, %"]
-    titles += ["gallery", "half, exact", "half, amortized", "head / batch", "logit scale"]
+    titles += [f"samples to {baseline}, %", "gallery", "half, exact", "half, amortized", "head / batch", "logit scale"]
     lines = [_row(titles), "|---" * len(titles) + "|"]
     for size in _batch_sizes(results):
         for method in dict.fromkeys(run.method for run in results if run.batch_size == size):
             runs = [result for run, result in results.items() if (run.method, run.batch_size) == (method, size)]
             gain = _gain(results, method, baseline, size, report) if method != baseline else ""
-            cells = [size, method, len(runs), *_score_cells(runs, development, tasks, report), gain]
+            samples = _samples_to_baseline(results, method, baseline, size, report)
+            cells = [size, method, len(runs), *_score_cells(runs, development, tasks, report), gain, samples]
             lines.append(_row(cells + _partition_cells(runs, report)))
     return "\n".join(lines)
 
@@ -124,15 +127,39 @@ def _partition_cells(runs: list[RunResult], report: list[str]) -> list[str]:
     ]
 
 
+def _final_scores(results: Results, method: str, size: int, report: list[str]) -> dict[int, float]:
+    """Return {seed: mean of the report tasks at the end of the run}."""
+    runs = {run.seed: result for run, result in results.items() if (run.method, run.batch_size) == (method, size)}
+    return {seed: result.score(report) for seed, result in runs.items()}
+
+
 def _gain(results: Results, method: str, baseline: str, size: int, report: list[str]) -> str:
     """Return the relative gain of a method over another, over the seeds that both have."""
-    scores: dict[str, dict[int, float]] = {method: {}, baseline: {}}
-    for run, result in results.items():
-        if run.batch_size == size and run.method in scores:
-            scores[run.method][run.seed] = result.score(report)
-    bases = scores[baseline]
-    gains = [100 * (score / bases[seed] - 1) for seed, score in scores[method].items() if bases.get(seed)]
+    bases = _final_scores(results, baseline, size, report)
+    scores = _final_scores(results, method, size, report)
+    gains = [100 * (score / bases[seed] - 1) for seed, score in scores.items() if bases.get(seed)]
     return f"{mean_and_deviation(gains)} ({min(gains):.2f})" if gains else ""
+
+
+def _samples_to_baseline(results: Results, method: str, baseline: str, size: int, report: list[str]) -> str:
+    """Return the share of the samples, in percent, after which a method reaches the baseline's final score."""
+    bases = _final_scores(results, baseline, size, report)
+    shares = [
+        _samples_to_reach(bases[run.seed], result, report)
+        for run, result in results.items()
+        if (run.method, run.batch_size) == (method, size) and run.seed in bases
+    ]
+    reached = [100 * share for share in shares if share is not None]
+    return mean_and_deviation(reached) if method != baseline and reached and len(reached) == len(shares) else ""
+
+
+def _samples_to_reach(target: float, result: RunResult, report: list[str]) -> float | None:
+    """Return the share of a run's samples after which its score reaches a target, interpolated between evaluations."""
+    points = [(point["samples_seen"], 100 * statistics.mean(point[task] for task in report)) for point in result.curve]
+    for (before, low), (after, high) in itertools.pairwise([(0, 0.0), *points]):
+        if high >= target:
+            return (before + (after - before) * (target - low) / (high - low)) / result.samples_seen
+    return None
 
 
 def results_json(chosen: dict[str, dict[str, Any]], tuning: Results, report: Results) -> str:

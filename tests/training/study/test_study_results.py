@@ -14,11 +14,11 @@ def make_result(value: float) -> RunResult:
     scores = {"cosine": value, "gallery": value + 0.01, "amortized": value + 0.02}
     return RunResult(
         tasks={"a": {"cosine": value, "gallery": value + 0.01}, "b": {"cosine": value / 2, "gallery": value / 2}},
-        curve=[],
+        curve=[{"samples_seen": seen, "a": value * seen / 4, "b": value * seen / 8} for seen in (2, 4)],
         partition={"batch_error": 2.0, "head_error": 0.5},
         calibrated={"a": scores, "b": scores},
         logit_scale=20.0,
-        samples_seen=1,
+        samples_seen=4,
     )
 
 
@@ -33,7 +33,14 @@ def test_results_table(results):
     assert ours.split(" | ")[3:7] == ["40.00 ± 14.14", "40.00 ± 14.14", "20.00 ± 7.07", "30.00 ± 10.61"]
     # +50 % and +25 %, paired by seed.
     assert ours.split(" | ")[7] == "37.50 ± 17.68 (25.00)" and clip.split(" | ")[7] == ""
-    assert ours.split(" | ")[8:12] == ["0.50 ± 0.00", "1.00 ± 0.00", "2.00 ± 0.00", "0.25 ± 0.00"]
+    # The lines to 0.3 and 0.5 pass 0.2 and 0.4 after 2/3 and 4/5.
+    assert ours.split(" | ")[8] == "73.33 ± 9.43" and clip.split(" | ")[8] == ""
+    assert ours.split(" | ")[9:13] == ["0.50 ± 0.00", "1.00 ± 0.00", "2.00 ± 0.00", "0.25 ± 0.00"]
+
+
+def test_samples_to_a_score_that_a_seed_does_not_reach(results):
+    table = results_table({**results, Run("ours", 0, 64, 1): make_result(0.3)}, ["a"], ["a", "b"], "clip")
+    assert table.splitlines()[3].split(" | ")[8] == ""
 
 
 def test_gains_table(results):
