@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 import types
+from pathlib import Path
 
 
 def _stand_in(name: str, **members: object) -> None:
@@ -20,6 +21,7 @@ def _stand_in(name: str, **members: object) -> None:
 def load(name: str) -> types.ModuleType:
     """Import a module of Transformers' tests, such as `"test_modeling_common"`."""
     if "suite" not in sys.modules:
+        Path(os.environ["TRANSFORMERS_TESTS"], "__init__.py").touch()  # which the tests of configurations import
         _stand_in("suite", __path__=[os.environ["TRANSFORMERS_TESTS"]])
         for package in ("exporters", "generation", "utils"):
             _stand_in(f"suite.{package}")

@@ -48,7 +48,7 @@ def test_gains_table(results):
     assert gains[2:] == ["| clip | 37.50 ± 17.68 (25.00) |  |"]
 
 
-@pytest.mark.parametrize("name", ["study", "batch_sizes", "fresh_seeds"])
+@pytest.mark.parametrize("name", ["study", "batch_sizes", "fresh_seeds", "glyphs_fixed_settings"])
 def test_committed_results_round_trip(name):
     """The writer gives the committed files again, byte for byte."""
     text = (ROOT / f"training/study/results/{name}.json").read_text()
