@@ -22,6 +22,11 @@ import yaml
 torch.set_num_threads(1)  # as many workers of pytest-xdist as cores share the machine
 
 
+def pytest_configure(config):
+    """Let pytest-xdist, where it is installed, keep the order of the files, which it sorts by their number of tests."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(config, items):
     """Run tests marked `slow` or `interop` only where `-m` names the mark, and files with `e2e` tests first.
 
