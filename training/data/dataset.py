@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ class PairDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        generator = random.Random(f"{self.config.seed}/{epoch}/{index}/substitute")
+        replacements = self._draw_replacements(epoch, index)
         bad_samples: list[BadSample] = []
         for _ in range(MAX_REPLACEMENTS):
             try:
@@ -74,9 +74,15 @@ class PairDataset(Dataset):
                 raise  # no pair is at fault
             except Exception as error:  # decoders raise any kind of error for damaged files
                 bad_samples.append(self._describe_failure(index, error))
-                index = int(self.replacements[generator.randrange(len(self.replacements))])
+                index = next(replacements)
         # The collator reports a batch with an empty image as lost, which stops the run.
         return Sample(torch.empty(0), "", index, bad_samples)
+
+    def _draw_replacements(self, epoch: int, index: int) -> Iterator[int]:
+        """Draw pairs to take the place of a bad one, without end."""
+        generator = random.Random(f"{self.config.seed}/{epoch}/{index}/substitute")
+        while True:
+            yield int(self.replacements[generator.randrange(len(self.replacements))])
 
     def _describe_failure(self, index: int, error: Exception) -> BadSample:
         key, shard = self.pairs.describe(index)
