@@ -158,7 +158,8 @@ def _samples_to_reach(target: float, result: RunResult, report: list[str]) -> fl
     points = [(point["samples_seen"], 100 * statistics.mean(point[task] for task in report)) for point in result.curve]
     for (before, low), (after, high) in itertools.pairwise([(0, 0.0), *points]):
         if high >= target:
-            return (before + (after - before) * (target - low) / (high - low)) / result.samples_seen
+            part = (target - low) / (high - low) if high > low else 0.0
+            return (before + (after - before) * part) / result.samples_seen
     return None
 
 

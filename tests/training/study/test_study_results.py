@@ -43,6 +43,11 @@ def test_samples_to_a_score_that_a_seed_does_not_reach(results):
     assert table.splitlines()[3].split(" | ")[8] == ""
 
 
+def test_a_score_of_nothing_is_reached_at_the_start():
+    runs = {Run(method, 0, 64, 0): make_result(0.0) for method in ("clip", "ours")}
+    assert results_table(runs, ["a"], ["a", "b"], "clip").splitlines()[3].split(" | ")[8] == "0.00"
+
+
 def test_gains_table(results):
     gains = gains_table({**results, Run("ours", 0, 256, 0): make_result(0.1)}, "ours", ["a", "b"]).splitlines()
     assert gains[2:] == ["| clip | 37.50 ± 17.68 (25.00) |  |"]
