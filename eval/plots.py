@@ -8,16 +8,14 @@ import statistics
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import matplotlib
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 SHEET_COLUMNS, SHEET_CAPTIONS = 6, 5
@@ -42,7 +40,7 @@ def contact_sheet(
     rows = -(-len(images) // SHEET_COLUMNS)
     space = 0.2 + 0.13 * max(len(captions[:SHEET_CAPTIONS]) for captions in best) + (0.25 if headings else 0)
     size = (2.6 * SHEET_COLUMNS, 1.35 * (1 + space) * rows)
-    figure, axes = plt.subplots(rows, SHEET_COLUMNS, figsize=size, squeeze=False)
+    figure, axes = _subplots(rows, SHEET_COLUMNS, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for place, (axis, image, name, captions) in enumerate(zip(axes.flat, images, names, best, strict=False)):
@@ -55,7 +53,6 @@ def contact_sheet(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for what no font has
         figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.2)
-    plt.close(figure)
 
 
 def _write_captions(axis: Axes, name: str, captions: Sequence[str]) -> None:
@@ -81,7 +78,7 @@ def training_curves(logs: dict[str, Path], path: str | Path | BinaryIO) -> None:
         for name, log in logs.items()
     }
     logged = [name for name in CURVES if any(name in lines[0] for lines in runs.values())]
-    figure, axes = plt.subplots(1, len(logged), figsize=(4.5 * len(logged), 3.2), squeeze=False)
+    figure, axes = _subplots(1, len(logged), figsize=(4.5 * len(logged), 3.2), squeeze=False)
     for axis, name in zip(axes[0], logged, strict=True):
         for run, lines in runs.items():
             if name in lines[0]:
@@ -97,7 +94,7 @@ def training_curves(logs: dict[str, Path], path: str | Path | BinaryIO) -> None:
 def difference_bars(scores: dict[str, dict[str, float]], path: str | Path) -> None:
     """Draw bars of each run's scores minus the first run's: {run: {score: per cent}}, all with the same scores."""
     (first, base), *others = scores.items()
-    figure, axis = plt.subplots(figsize=(max(5, 0.45 * len(base) * len(others) + 2), 3.8))
+    figure, axis = _subplots(figsize=(max(5, 0.45 * len(base) * len(others) + 2), 3.8))
     width = 0.8 / len(others)
     for number, (run, values) in enumerate(others):
         offset = (number - (len(others) - 1) / 2) * width
@@ -116,7 +113,7 @@ def score_bars(scores: Sequence[tuple[str, float, Sequence[float] | None, float 
 
     The score of guessing is a black mark.
     """
-    figure, axis = plt.subplots(figsize=(7, 1 + 0.24 * len(scores)))
+    figure, axis = _subplots(figsize=(7, 1 + 0.24 * len(scores)))
     for place, (_, value, interval, random_score) in enumerate(scores):
         axis.barh(place, 100 * value, height=0.7, color="tab:blue")
         if interval:  # of few resamples, it may lie beside the value
@@ -135,7 +132,7 @@ def radar(scores: dict[str, dict[str, float]], path: str | Path) -> None:
     names = list(next(iter(scores.values())))
     best = {name: max(values[name] for values in scores.values()) or 1 for name in names}
     angles = [2 * math.pi * i / len(names) for i in range(len(names))]
-    figure, axis = plt.subplots(figsize=(6, 5), subplot_kw={"projection": "polar"})
+    figure, axis = _subplots(figsize=(6, 5), subplot_kw={"projection": "polar"})
     for run, values in scores.items():
         radii = [values[name] / best[name] for name in names]
         axis.plot([*angles, angles[0]], [*radii, radii[0]], label=run, linewidth=1.2)
@@ -147,7 +144,7 @@ def radar(scores: dict[str, dict[str, float]], path: str | Path) -> None:
 
 def lines_with_bands(lines: dict[str, dict[float, list[float]]], x: str, y: str, path: str | Path) -> None:
     """Draw means over runs with bands of one standard deviation: {line: {x: values}}; x has a scale of base 2."""
-    figure, axis = plt.subplots(figsize=(6.5, 4.2))
+    figure, axis = _subplots(figsize=(6.5, 4.2))
     for name, points in lines.items():
         places = sorted(points)
         means = [statistics.mean(points[place]) for place in places]
@@ -163,7 +160,14 @@ def lines_with_bands(lines: dict[str, dict[float, list[float]]], x: str, y: str,
     _save(figure, path)
 
 
+def _subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+    """Return a figure and its axes; matplotlib is imported with the first, since most programs draw none."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=figsize)
+    return figure, figure.subplots(rows, columns, **options)
+
+
 def _save(figure: Figure, path: str | Path | BinaryIO) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -25,6 +25,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from eval.model_card import evaluation_entries, has_curves, make_card, merge_cards, read_results, tensor_shapes
 from eval.models import config_hash, hash_files, weight_files
+from eval.plots import training_curves
 from eval.private import hide_private
 from eval.report import check_writable, read_report
 from eval.tasks import ROOT
@@ -152,8 +153,6 @@ def collect_files(folder: Path, results: Path | None) -> dict[str, str | bytes]:
 
 def _draw_curves(log: Path) -> bytes:
     """Return a picture that is made from a log alone, whatever the one in the folder shows."""
-    from eval.plots import training_curves  # here, so that training starts without matplotlib
-
     picture = io.BytesIO()
     training_curves({"": log}, picture)
     return picture.getvalue()

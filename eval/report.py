@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from eval.models import ModelRecord
+from eval.plots import score_bars
 from eval.scoring import scoring_name
 from eval.tasks import Aggregate, aggregate, known_tasks
 from modeling_amorlip.cli_amorlip import UserError
@@ -172,8 +173,6 @@ class Report:
                 if result.status in EVALUATED
             ]
             if bars and plot:
-                from eval.plots import score_bars  # here, so that reading results does not need matplotlib
-
                 score_bars(bars, aside.with_suffix(".png"))
                 os.replace(aside.with_suffix(".png"), path.with_suffix(".png"))
         except OSError as error:

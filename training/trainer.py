@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from eval.plots import training_curves
 from eval.publish import publish
 from modeling_amorlip.cli_amorlip import UserError
 from training.config import PretrainConfig
@@ -262,8 +263,6 @@ class Trainer:
         self.save_model()
         self.evaluate(is_final=True)
         if self.accelerator.is_main_process:
-            from eval.plots import training_curves  # imports matplotlib, which the start need not wait for
-
             with explain_write_errors("The logs", self.output_dir):
                 merge_bad_samples(self.output_dir, self.state.step)
                 curves = {self.config.objective: self.output_dir / "metrics.jsonl"}

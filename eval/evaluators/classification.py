@@ -18,6 +18,7 @@ from eval.metrics.macro_f1 import macro_f1
 from eval.metrics.mean_per_class_recall import mean_per_class_recall
 from eval.metrics.top_k_accuracy import top_k_accuracy
 from eval.metrics.worst_group_accuracy import worst_group_accuracy
+from eval.plots import contact_sheet
 from eval.scoring import SinkhornSettings, log_partition_corrections
 from eval.tables import fill_template
 from modeling_amorlip.cli_amorlip import UserError
@@ -220,8 +221,6 @@ def _accuracy(predictions: Tensor, samples: EncodedSamples) -> float:
 
 def _draw(path: Path, data: TaskData, samples: EncodedSamples, classifier: Tensor) -> None:
     """Draw images from all over the data, with their five best classes."""
-    from eval.plots import contact_sheet  # here, so that labeling and search do not need matplotlib
-
     chosen = torch.linspace(0, len(samples) - 1, min(SHEET_IMAGES, len(samples))).long()
     best = top_classes(samples.image_embeds[chosen], classifier, 5).tolist()
     images = [sample.decode()[0] for sample in data.read(samples.positions[chosen].tolist())]
