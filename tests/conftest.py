@@ -18,6 +18,9 @@ import pytest
 import torch
 import yaml
 
+from eval import plots
+from training import trainer
+
 
 torch.set_num_threads(1)  # as many workers of pytest-xdist as cores share the machine
 
@@ -55,6 +58,22 @@ def no_process_of_its_own(request, monkeypatch):
             super().__init__(args, *rest, **options)
 
     monkeypatch.setattr(subprocess, "Popen", Popen)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_training_curves():
+    """Leave out the plot at the end of training runs, which takes as long as ten steps of a tiny one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "training_curves", lambda logs, path: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def training_curves():
+    """Let the runs of a module draw their curves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "training_curves", plots.training_curves)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,7 @@ def test_python_blocks_run(block: Block, request, capsys):
     assert capsys.readouterr().out.strip(), "an example shows what it does"
 
 
+@pytest.mark.e2e
 def test_example_commands_run(checkout, monkeypatch, capsys):
     """Commands that a reader types after the demo, in this process."""
     pending = {(document, beginning) for document, beginnings in RUN.items() for beginning in beginnings}

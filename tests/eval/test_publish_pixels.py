@@ -62,6 +62,7 @@ def _encoded(rows) -> bytes:
     return rows.cast_column("image", datasets.Image(decode=False))[0]["image"]["bytes"]
 
 
+@pytest.mark.e2e
 def test_no_training_pixel_is_published(hub, run_with_pictures):
     folder, traces = run_with_pictures
     inside = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

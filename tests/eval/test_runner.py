@@ -65,6 +65,7 @@ def write_miniature(task, folder, pictures):
         write_classification(folder, pictures[:n], labels, names, metadata=metadata, form="WEBP")
 
 
+@pytest.mark.e2e
 def test_every_datacomp_task_runs_on_its_layout(model_folder, pictures, tmp_path, monkeypatch, capsys):
     tasks = select_tasks(["datacomp"])
     assert len(tasks) == 38
@@ -193,6 +194,7 @@ def test_run_continues_and_bad_task_costs_no_other(model_folder, digits, tmp_pat
     assert digits_result.status == "complete" and digits_result.num_samples == 300
 
 
+@pytest.mark.e2e
 def test_result_of_something_else_is_not_taken_over(model_folder, digits, tmp_path, monkeypatch, capsys):
     """New weights, processor, tokenizer, task, template, data or settings each mean a new evaluation."""
     folder, model = tmp_path / "data", tmp_path / "model"

@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
 import pickle
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from eval.data import TaskData, read_tar
 from eval.tasks import Task
 from modeling_amorlip import AmorLIPModel
 from modeling_amorlip.cli_amorlip import UserError
-from tests.helpers.checkout import DEMO, ROOT
+from tests.helpers.checkout import DEMO, ROOT, run
 
 
 PICTURE = (ROOT / "docs/images/curves.png").read_bytes()
@@ -109,15 +106,7 @@ def test_a_models_code_is_not_run(model_with_code, tmp_path):
         ["-m", "modeling_amorlip.export_amorlip", "--output", tmp_path / "out"],
         ["training/pretrain.py", "--config", recipe, "--output_dir", tmp_path / "run"],
     ):
-        result = subprocess.run(
-            [sys.executable, *command, "--model", model_with_code],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "HF_HOME": str(tmp_path / "cache")},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        result = run(*command, "--model", model_with_code, launch=1)
         assert result.returncode != 0 and "contains custom code" in result.stderr, result.stderr
     with pytest.raises((ValueError, OSError)):
         AmorLIPModel.from_encoders(model_with_code, model_with_code)

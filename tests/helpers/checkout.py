@@ -14,12 +14,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import MappingProxyType
 
 import torch
 
@@ -94,12 +95,7 @@ def _run_in_process(words: list[str], threads: int) -> CompletedProcess:
         _reset_accelerate()
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             try:
-                if words[0] == "-m":
-                    sys.argv = words[1:]
-                    runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-                else:
-                    sys.argv = words
-                    runpy.run_path(words[0], run_name="__main__")
+                _execute(words)
             except SystemExit as error:
                 status = error.code if isinstance(error.code, int) else int(bool(error.code))
                 if isinstance(error.code, str):
@@ -115,17 +111,60 @@ def _run_in_process(words: list[str], threads: int) -> CompletedProcess:
     return CompletedProcess(words, status, stdout.getvalue(), stderr.getvalue())
 
 
-def start_forked(*command: object, output: Path, patches: dict[str, str]) -> BaseProcess:
-    """Start a script in a process forked from a server that has imported everything, and return the process.
+def _execute(words: list[str]) -> None:
+    """Do what `python` does with its arguments."""
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def start_forked(
+    *command: object, output: Path, processes: int = 1, patches: Mapping[str, str] = MappingProxyType({})
+) -> list[BaseProcess]:
+    """Start a script in processes forked from a server that has imported everything, and return the processes.
 
     Args:
-        output: gets what it prints.
+        output: gets what they print.
         patches: values of names in modules, such as `training.data.remote.HF_HOME`, that were imported long before.
     """
-    words, environment = list(map(str, command)), environment_with_threads(1)
-    process = _fork_server().Process(target=_run_rank, args=(words, environment, output, output, patches))
-    process.start()
-    return process
+    return _fork(list(map(str, command)), processes, 1, (output, output), patches)
+
+
+def start_run(
+    recipe_path: Path,
+    folder: Path,
+    *options: object,
+    processes: int = 1,
+    patches: Mapping[str, str] = MappingProxyType({}),
+) -> list[BaseProcess]:
+    """Start a training run as `start_forked` does, and return its processes once it has logged three steps."""
+    output = folder.with_suffix(".log")
+    command = ("training/pretrain.py", "--config", recipe_path, "--output_dir", folder, *options)
+    ranks = start_forked(*command, output=output, processes=processes, patches=patches)
+    wait_for_steps(folder, lambda: all(process.is_alive() for process in ranks), output.read_text)
+    return ranks
+
+
+def wait_for_steps(folder: Path, is_running: Callable[[], bool], output: Callable[[], str]) -> None:
+    """Wait until a run has logged three steps, and fail with its output if it ends before."""
+    metrics, deadline = folder / "metrics.jsonl", time.time() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert is_running() and time.time() < deadline, output()
+        time.sleep(0.002)
+
+
+def _fork(
+    words: list[str], processes: int, threads: int, outputs: tuple[Path, Path], patches: Mapping[str, str]
+) -> list[BaseProcess]:
+    ranks = []
+    for group in _process_groups(processes):
+        environment = environment_with_threads(threads) | group
+        ranks.append(_fork_server().Process(target=_run_rank, args=(words, environment, *outputs, dict(patches))))
+        ranks[-1].start()
+    return ranks
 
 
 def _fork_server() -> ForkServerContext:
@@ -136,14 +175,9 @@ def _fork_server() -> ForkServerContext:
 
 def _run_forked(words: list[str], processes: int, threads: int, timeout: int) -> CompletedProcess:
     """Run processes forked from a server that has imported everything, which saves ten seconds per process."""
-    context = _fork_server()
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        ranks = []
-        for group in _process_groups(processes):
-            environment = environment_with_threads(threads) | group
-            ranks.append(context.Process(target=_run_rank, args=(words, environment, *outputs)))
-            ranks[-1].start()
+        outputs = (Path(folder, "stdout"), Path(folder, "stderr"))
+        ranks = _fork(words, processes, threads, outputs, {})
         deadline = time.monotonic() + timeout
         running = list(ranks)
         while running and time.monotonic() < deadline:
@@ -171,20 +205,20 @@ def _process_groups(processes: int) -> list[dict[str, str]]:
 
 
 def _run_rank(
-    words: list[str], environment: dict[str, str], stdout: Path, stderr: Path, patches: Mapping[str, str] = {}
+    words: list[str], environment: dict[str, str], stdout: Path, stderr: Path, patches: Mapping[str, str]
 ) -> None:
     """Run a script as one process of a group; errors and exit statuses are those of the process."""
     for name, value in patches.items():
         module, _, attribute = name.rpartition(".")
         setattr(importlib.import_module(module), attribute, value)
+    multiprocessing.set_start_method(None, force=True)  # workers start as in any process, not from the server
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+    _execute(words)
 
 
 def _reset_accelerate() -> None:
@@ -203,24 +237,3 @@ def environment_with_threads(threads: int) -> dict[str, str]:
 def pretrain(recipe_path: Path, *overrides: object, launch: int | None = None) -> CompletedProcess:
     """Run training/pretrain.py on a recipe; see `run`."""
     return run("training/pretrain.py", "--config", recipe_path, *overrides, launch=launch)
-
-
-def start(recipe_path, folder, launch=None) -> subprocess.Popen:
-    """Start a training run in a process of its own, and return it once it has logged three steps."""
-    python = [sys.executable]
-    if launch:
-        python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(launch)]
-    process = subprocess.Popen(
-        [*python, "training/pretrain.py", "--config", recipe_path, "--output_dir", folder],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment_with_threads(1),
-    )
-    metrics = folder / "metrics.jsonl"
-    deadline = time.time() + 120
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
-        assert process.poll() is None and time.time() < deadline, process.stderr.read()
-        time.sleep(0.002)
-    return process

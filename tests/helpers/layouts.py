@@ -24,6 +24,8 @@ from training.run.sharding import shard_encoder
 
 
 N, STEPS = 16, 5
+MICRO_BATCH_SIZES = {1: (0, 3), 2: (0, 3), 4: (1,)}
+"""By number of processes. 0 is the whole batch at once."""
 HEADS = [("amorlip", {"amortization": "kl"}, {"head_type": name, "size": 24}) for name in ("prototype", "queue")]
 HEADS.append(("amorlip", {"amortization": "js"}, {"head_type": "random_features", "size": 24}))
 HEADS.append(("amorlip", {"online_every": 2, "amortization": "conjugate"}, {}))
@@ -106,10 +108,9 @@ def main(output: str) -> None:
     torch.set_num_threads(1)
     compute_in_double_precision()
     accelerator = Accelerator(cpu=True)
-    share = N // accelerator.num_processes
     results = {}
     for case in CASES:
-        for micro_batch_size in (0, 3 if share > 3 else 1):
+        for micro_batch_size in MICRO_BATCH_SIZES[accelerator.num_processes]:
             results[repr((case, bool(micro_batch_size)))] = train(accelerator, *case, micro_batch_size)[0]
     counts = {}
     if accelerator.num_processes == 2:

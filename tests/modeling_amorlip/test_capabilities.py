@@ -39,6 +39,7 @@ CLASSES = (
     AmorLIPTextModelWithProjection,
     AmorLIPForImageClassification,
 )
+slow = pytest.mark.slow
 every_pair = pytest.mark.parametrize("towers", TOWERS)
 
 
@@ -58,7 +59,10 @@ class Loss(nn.Module):
         return self.model(input_ids, pixel_values, attention_mask, return_loss=True).loss
 
 
-@every_pair
+@pytest.mark.e2e  # compilation and export take long
+@pytest.mark.parametrize(
+    "towers", [name if name in ("resnet-clip", "vit-gpt2") else pytest.param(name, marks=slow) for name in TOWERS]
+)
 def test_loss_compiles_as_one_graph_and_is_exported(towers):
     model = make_model(towers)
     inputs, loss = make_inputs(), Loss(model)
@@ -251,6 +255,7 @@ def test_gradient_accumulation_gives_the_gradient_of_one_step(towers, problem_ty
         torch.testing.assert_close(gradient, results[0][1], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("option", ["torch_compile", "bf16_full_eval", "gradient_checkpointing"])
 def test_trainer_with_the_models_own_loss(option, tmp_path):
     rows = make_rows(8)

@@ -200,7 +200,6 @@ def test_command_line_takes_the_processor_along(tmp_path, demo_rows, monkeypatch
     assert_same_logits(other, back.model, **inputs)
 
 
-@pytest.mark.e2e
 def test_command_line_refuses_with_one_line(tmp_path):
     result = run("-m", "modeling_amorlip.convert_clip_to_amorlip", "--source", tmp_path, "--output", tmp_path / "ours")
     assert result.returncode == 1 and "Traceback" not in result.stderr

@@ -15,6 +15,8 @@ from tests.helpers.models import save_model
 from tests.helpers.tasks import run_main
 
 
+pytestmark = pytest.mark.e2e  # an export takes long
+slow = pytest.mark.slow
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 WORDS = {"vocab_size": 700, "max_position_embeddings": 77, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
 CLIP = {"vision_config": TINY["vision_config"], "text_config": {**TINY["text_config"], **WORDS}}
@@ -65,7 +67,9 @@ def run_session(path, outputs, **inputs):
     return [torch.tensor(value) for value in values]
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("siglip", "resnet-causal") else pytest.param(name, marks=slow) for name in TOWERS]
+)
 def test_onnx_in_onnxruntime(name, tmp_path):
     """Embeddings and probabilities of any number of images and texts, of any length; SigLIP's without a mask."""
     model, has_mask = make_model(name), name != "siglip"

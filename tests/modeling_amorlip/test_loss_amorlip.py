@@ -158,6 +158,7 @@ def test_wrong_arguments_are_named(change, message):
         amortization_loss(torch.zeros(2), torch.zeros(2), objective="mse")
 
 
+@pytest.mark.e2e
 def test_torch_compile_changes_nothing():
     batch = make_batch(64, dtype=torch.float32)
 

@@ -1,9 +1,6 @@
 """OpenCLIP's models in and out: the same embeddings as OpenCLIP computed."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +12,7 @@ from modeling_amorlip import AmorLIPConfig, AmorLIPModel
 from modeling_amorlip.convert_amorlip_to_open_clip import export_open_clip
 from modeling_amorlip.convert_clip_to_amorlip import convert, save
 from modeling_amorlip.open_clip_amorlip import open_clip_architecture, to_open_clip_names
-from tests.helpers.checkout import ROOT
+from tests.helpers.checkout import run
 from tests.helpers.dual_encoders import (
     assert_same_features,
     assert_same_logits,
@@ -24,7 +21,7 @@ from tests.helpers.dual_encoders import (
     padded_texts,
     randomize_biases,
 )
-from tests.helpers.hub_server import Hub, Repository
+from tests.helpers.hub_server import Hub, Repository, connect
 from training.model.tokenizer import train_tokenizer
 
 
@@ -41,33 +38,18 @@ def test_open_clip_folder(stored_open_clip, tmp_path):
     assert ours.config.text_config.hidden_act == ("quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu")
 
 
-@pytest.mark.e2e  # the client reads its environment when it is imported
-def test_names_on_the_hub(stored_open_clip, tmp_path):
+def test_names_on_the_hub(stored_open_clip, monkeypatch, tmp_path):
     """Once OpenCLIP's files alone, once with Transformers' beside them, which then count."""
     folder, weights, _, tensors = stored_open_clip
     other = make_clip() if "visual.proj" in weights else None
     if other:
         other.save_pretrained(folder)
     hub = Hub()
+    connect(monkeypatch, hub, tmp_path)
     repository = hub.repositories["user/clip"] = Repository(private=False)
     repository.branches["main"] = repository.add({f.name: f.read_bytes() for f in folder.iterdir()}, "weights")
-    environment = {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "modeling_amorlip.convert_clip_to_amorlip",
-        "--source",
-        "user/clip",
-        "--output",
-        str(tmp_path / "ours"),
-    ]
-    result = subprocess.run(command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True)
+    command = ("-m", "modeling_amorlip.convert_clip_to_amorlip", "--source", "user/clip")
+    result = run(*command, "--output", tmp_path / "ours")
     hub.close()
     assert result.returncode == 0, result.stderr
     ours = AutoModel.from_pretrained(tmp_path / "ours")

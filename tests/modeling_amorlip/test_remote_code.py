@@ -76,6 +76,9 @@ found["classifier.logits"] = fine_tuned(inputs["pixel_values"]).logits.detach()
 best = pipeline("image-classification", model=str(root / "classifier"), **trust)(image)[0]
 assert best["label"] == fine_tuned.config.id2label[int(found["classifier.logits"].argmax())]
 
+tower = AutoModel.from_pretrained(root / "tower", **trust)
+assert type(tower).__name__ == "AmorLIPResNetModel"
+found["tower.pooler_output"] = tower(inputs["pixel_values"]).pooler_output.detach()
 vision = AutoModel.from_pretrained(root / "vision", **trust)
 assert type(vision).__name__ == "AmorLIPVisionModelWithProjection"
 found["vision.image_embeds"] = vision(inputs["pixel_values"]).image_embeds.detach()
@@ -120,6 +123,7 @@ def models(tmp_path_factory, demo_rows):
         "classifier": AmorLIPForImageClassification(AmorLIPConfig(**clip, num_labels=3)),
         "vision": AmorLIPVisionModelWithProjection(AmorLIPConfig(**clip)),
     }
+    models["tower"] = models["resnet"].vision_model
     size = {"height": 32, "width": 32}
     images = BitImageProcessor(size={"shortest_edge": 32}, crop_size=size, do_convert_rgb=True)
     for name, model in models.items():
@@ -154,6 +158,8 @@ def test_folders_load_without_the_package(models, demo_rows, tmp_path):
             torch.testing.assert_close(found[f"{name}.{key}"], value, rtol=1e-4, atol=1e-4)
     expected = models["classifier"](inputs["pixel_values"]).logits
     torch.testing.assert_close(found["classifier.logits"], expected, rtol=1e-4, atol=1e-4)
+    expected = models["tower"](inputs["pixel_values"]).pooler_output
+    torch.testing.assert_close(found["tower.pooler_output"], expected, rtol=1e-4, atol=1e-6)
     expected = models["vision"](inputs["pixel_values"]).image_embeds
     torch.testing.assert_close(found["vision.image_embeds"], expected, rtol=1e-4, atol=1e-4)
 

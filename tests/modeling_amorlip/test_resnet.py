@@ -1,9 +1,7 @@
-"""CLIP's ResNet as a vision encoder. Its output against OpenCLIP's is in test_convert.py."""
+"""CLIP's ResNet as a vision encoder. Its output against OpenCLIP's is in test_open_clip_amorlip.py."""
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from modeling_amorlip import AmorLIPConfig, AmorLIPModel, AmorLIPResNetConfig, AmorLIPResNetModel
-from tests.helpers.checkout import TINY, environment_with_threads, pretrain, run
+from tests.helpers.checkout import TINY, pretrain, run
 
 
 SMALL = {"width": 4, "depths": [2, 1, 1, 1], "num_attention_heads": 4, "image_size": 64, "output_dim": 32}
@@ -131,36 +129,6 @@ def test_round_trip_through_the_auto_classes(model, tmp_path, dtype):
 
 
 @pytest.mark.e2e
-def test_folders_load_where_the_package_is_not_importable(model, tmp_path):
-    config = AmorLIPConfig(vision_config=VISION, text_config=TINY["text_config"], projection_dim=32)
-    dual = AmorLIPModel(config).eval()
-    dual.save_pretrained(tmp_path / "dual")
-    model.eval().save_pretrained(tmp_path / "tower")
-    pixels = torch.randn(2, 3, 64, 64)
-    torch.save(pixels, tmp_path / "pixels.pt")
-    script = """
-import importlib.util, json, sys
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
-assert importlib.util.find_spec("modeling_amorlip") is None
-import torch
-from transformers import AutoModel
-pixels = torch.load("pixels.pt")
-dual, tower = (AutoModel.from_pretrained(f, trust_remote_code=True) for f in ("dual", "tower"))
-with torch.inference_mode():
-    outputs = dual.get_image_features(pixels).pooler_output, tower(pixels).pooler_output
-print(json.dumps([values.tolist() for values in outputs]))
-"""
-    environment = {**environment_with_threads(1), "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    with torch.inference_mode():
-        expected = dual.get_image_features(pixels).pooler_output, model(pixels).pooler_output
-    for one, other in zip(json.loads(result.stdout.splitlines()[-1]), expected, strict=True):
-        torch.testing.assert_close(torch.tensor(one), other, rtol=1e-4, atol=1e-6)
-
-
 def test_trains_with_gradient_checkpointing(recipe, tmp_path):
     vision = {**VISION, "image_size": 48}  # a grid of 1
     result = pretrain(recipe(vision_config=vision, num_train_epochs=1, gradient_checkpointing=True))
@@ -172,6 +140,7 @@ def test_trains_with_gradient_checkpointing(recipe, tmp_path):
     assert loaded.vision_model.layer1[0].bn3.weight.any()  # it has left the identity
 
 
+@pytest.mark.e2e
 def test_trains_in_the_emoji_demos_recipe(tmp_path):
     tower = {"model_type": "amorlip_resnet", "width": 8, "depths": [1, 1, 1, 1], "num_attention_heads": 4}
     tower |= {"image_size": 48, "output_dim": 128}

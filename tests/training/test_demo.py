@@ -12,12 +12,13 @@ from tests.helpers.checkout import DEMO, ROOT, run
 from tests.helpers.runs import read_metrics, train
 
 
+pytestmark = pytest.mark.e2e  # whole runs
 RECIPE = ROOT / "training/recipes/emoji_demo.yaml"
 SHORT = ["--train_data", str(DEMO / "train.parquet"), "--max_steps", "6", "--warmup_steps", "1", "--log_every", "2"]
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory):
+def short(training_curves, tmp_path_factory):
     """The folder of a short run, and what it printed."""
     folder, printed = tmp_path_factory.mktemp("demo") / "model", io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -39,7 +40,6 @@ def test_data_card_says_how_to_load_it():
         assert len(datasets.load_dataset(str(DEMO), name, split=split)) == rows
 
 
-@pytest.mark.e2e
 def test_two_processes(short, tmp_path):
     options = ["--output_dir", tmp_path / "two", "--per_device_train_batch_size", "32", "--eval_tasks", "[]"]
     result = run("training/pretrain.py", "--config", RECIPE, *SHORT, *options, launch=2)
@@ -50,7 +50,6 @@ def test_two_processes(short, tmp_path):
         assert b["loss"] == pytest.approx(a["loss"], abs=0.3)
 
 
-@pytest.mark.e2e
 def test_command_line_gives_the_trainers_results(short, tmp_path):
     output = tmp_path / "results.json"
     result = run("eval/run.py", "--model", short[0], "--tasks", "emoji_openmoji", "--output", output)

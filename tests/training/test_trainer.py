@@ -1,5 +1,6 @@
 """The trainer: what a run writes, exact resumption, failed steps, evaluation, memory."""
 
+import functools
 import json
 import random
 import shutil
@@ -26,6 +27,7 @@ from tests.helpers.runs import (
 from training.run.checkpointing import list_checkpoints
 
 
+pytestmark = pytest.mark.e2e  # whole runs
 RESNET = {"model_type": "resnet", "image_size": 32, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 RESUME = ("--resume_from_checkpoint", "latest")
 
@@ -34,7 +36,7 @@ RESUME = ("--resume_from_checkpoint", "latest")
 
 
 @pytest.mark.parametrize("objective", ["amorlip", "clip"])
-def test_run_writes_model_logs_and_checkpoints(recipe, tmp_path, objective, capsys):
+def test_run_writes_model_logs_and_checkpoints(training_curves, recipe, tmp_path, objective, capsys):
     settings = {} if objective == "amorlip" else {"objective_args": {}}
     train(recipe(objective=objective, **settings), "--checkpoint_every", 5, "--keep_last", 2)
     printed = capsys.readouterr().out
@@ -86,7 +88,7 @@ def test_existing_run_is_not_overwritten(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "training_curves.png"])
-def test_final_files_that_cannot_be_written(recipe, tmp_path, name):
+def test_final_files_that_cannot_be_written(training_curves, recipe, tmp_path, name):
     """A folder in the way stands for a full disk: the system refuses to write the file."""
     path = recipe(max_steps=3)
     (tmp_path / "run" / name).mkdir(parents=True)
@@ -97,7 +99,6 @@ def test_final_files_that_cannot_be_written(recipe, tmp_path, name):
     assert (tmp_path / "run" / name).is_file()
 
 
-@pytest.mark.e2e
 def test_two_processes_train_like_one(recipe, tmp_path):
     vision = {**TINY["vision_config"], "attention_dropout": 0.0}
     path = recipe(augmentation={}, vision_config=vision, max_steps=5)
@@ -123,10 +124,10 @@ def test_two_processes_train_like_one(recipe, tmp_path):
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted(recipe, tmp_path, objective, changes):
-    path = recipe(objective=objective, num_train_epochs=4, checkpoint_every=4, keep_last=1, **changes)
+    path = recipe(objective=objective, checkpoint_every=4, keep_last=1, **changes)  # 18 steps
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(path, "--output_dir", whole)
-    step = random.Random(objective + repr(changes)).randint(6, 22)
+    step = random.Random(objective + repr(changes)).randint(6, 16)
     train_until_killed(path, step, "--output_dir", killed)
     assert not (killed / "model.safetensors").exists()
     train(path, "--output_dir", killed, *RESUME)
@@ -157,21 +158,37 @@ STAGES = {
 }
 
 
-@pytest.fixture(scope="module", params=[{}, RESNET_TOWER, {"objective": "fastclip", "objective_args": {}}])
-def uninterrupted(request, recipe_factory, tmp_path_factory):
-    """A recipe and a run of it. The tower has dropout, or batch statistics: a forward pass changes both."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    path = recipe_factory(folder, num_train_epochs=2, checkpoint_every=4, **request.param)
-    train(path)
-    return path, folder / "run"
+CHANGES = {"dropout": {}, "batch statistics": RESNET_TOWER, "fastclip": {"objective": "fastclip", "objective_args": {}}}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe_factory, tmp_path_factory):
+    """Return a function that returns a recipe and a run of it. A forward pass changes what each is named after."""
+
+    @functools.cache
+    def find(name):
+        folder = tmp_path_factory.mktemp("uninterrupted")
+        path = recipe_factory(folder, num_train_epochs=2, checkpoint_every=4, **CHANGES[name])
+        train(path)
+        return path, folder / "run"
+
+    return find
 
 
 @pytest.mark.parametrize(
-    "stage, saved", [("data", 7), ("forward", 7), ("objective", 4), ("backward", 4), ("optimizer", 4)]
+    "name, stage, saved",
+    [
+        ("dropout", "data", 7),
+        ("dropout", "forward", 7),
+        ("dropout", "backward", 4),
+        ("batch statistics", "forward", 7),
+        ("batch statistics", "objective", 4),
+        ("fastclip", "objective", 4),
+        ("fastclip", "optimizer", 4),
+    ],
 )
-def test_failed_step_leaves_no_half_step(uninterrupted, tmp_path, stage, saved, capsys):
-    path, whole = uninterrupted
-    hurt = tmp_path / "hurt"
+def test_failed_step_leaves_no_half_step(uninterrupted, tmp_path, name, stage, saved, capsys):
+    (path, whole), hurt = uninterrupted(name), tmp_path / "hurt"
     with one_thread():
         trainer = build(path, "--output_dir", hurt)
         owner, method = STAGES[stage]

@@ -48,6 +48,7 @@ MARGIN = 0.01
 """How far accuracies of equal fits may be apart: 4 of 400 images, since two optimizers stop at different points."""
 
 
+@pytest.mark.e2e
 def test_probes_of_a_model_after_12_steps_are_confirmed_by_sklearn(recipe, demo_rows, tmp_path):
     """Categories of emoji, from the files of two splits to the accuracies; scikit-learn fits to the training split."""
     train(recipe(max_steps=12))

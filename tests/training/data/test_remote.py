@@ -8,7 +8,6 @@ import pickle
 import shutil
 import signal
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +23,7 @@ import training.data.mixture
 import training.data.remote
 import training.data.shard_cache
 from modeling_amorlip.cli_amorlip import UserError
-from tests.helpers.checkout import start_forked
+from tests.helpers.checkout import start_run
 from tests.helpers.hub_server import Hub, Repository, connect
 from tests.helpers.runs import assert_same_weights, read_metrics, train
 from tests.helpers.shard_server import ShardServer
@@ -301,15 +300,11 @@ def test_a_kill_over_remote_shards_resumes_exactly(recipe, server, cache, tmp_pa
         dataloader_num_workers=1,
     )
     hurt, whole = tmp_path / "hurt", tmp_path / "whole"
-    command = ("training/pretrain.py", "--config", path, "--output_dir", hurt)
     patches = {f"training.data.{module}.HF_HOME": str(tmp_path / "cache") for module in ("index_cache", "remote")}
-    process = start_forked(*command, "--max_steps", 1000, output=tmp_path / "output", patches=patches)
-    metrics = hurt / "metrics.jsonl"
-    while process.is_alive() and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
-        time.sleep(0.002)
+    (process,) = start_run(path, hurt, "--max_steps", 1000, patches=patches)
     process.kill()
     process.join()
-    assert process.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()
+    assert process.exitcode == -signal.SIGKILL, hurt.with_suffix(".log").read_text()
     min(cache.glob("*.tar")).unlink()
     for checkpoint in list_checkpoints(hurt)[1:]:  # those of a slow start would lie after the last step
         shutil.rmtree(checkpoint)

@@ -12,6 +12,9 @@ from training.model.compilation import compile_encoder
 from training.model.encoder import PairEncoder
 
 
+pytestmark = pytest.mark.e2e  # compilation takes long
+
+
 def encode(encoder, length):
     batch = make_inputs(3)
     pixels = (20 * batch["pixel_values"] + 128).clamp(0, 255).to(torch.uint8)
@@ -43,7 +46,6 @@ def test_no_graph_breaks_and_one_program_for_all_lengths(towers, by_layer):
 
 
 @pytest.mark.slow
-@pytest.mark.e2e  # inductor starts compilers
 @pytest.mark.parametrize("options", [(), ("--micro_batch_size", 6, "--text_groups", 2), ("--patch_dropout", 0.5)])
 def test_compiled_runs_have_the_same_losses(recipe, tmp_path, options):
     path = recipe(max_steps=5, validation_samples=10)
@@ -54,7 +56,6 @@ def test_compiled_runs_have_the_same_losses(recipe, tmp_path, options):
 
 
 @pytest.mark.slow
-@pytest.mark.e2e
 def test_compiled_and_sharded_runs_go_on(recipe, tmp_path):
     path = recipe(max_steps=4, checkpoint_every=2, per_device_train_batch_size=8)
     result = run("tests/helpers/sharded_runs.py", path, tmp_path, "--compile", "true", launch=2, timeout=1200)

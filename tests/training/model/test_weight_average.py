@@ -49,6 +49,7 @@ def test_average_of_weights_and_running_statistics():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("changes", [{}, {"vision_config": RESNET, "objective": "clip", "objective_args": {}}])
 def test_runs_with_an_average(recipe, tmp_path, changes):
     path = recipe(max_steps=4, checkpoint_every=2, validation_samples=20, eval_every=2, **changes)

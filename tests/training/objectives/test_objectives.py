@@ -290,9 +290,12 @@ def extreme_batches():
 
 
 @pytest.mark.parametrize("name, settings", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_nothing_overflows(name, settings, dtype):
-    for (label, x, y), scale, autocast in itertools.product(extreme_batches(), (1.0, 100.0), (False, True)):
+@pytest.mark.parametrize(
+    "dtype, autocast",
+    [(torch.float32, False), (torch.float32, True), (torch.float16, False), (torch.bfloat16, False)],
+)
+def test_nothing_overflows(name, settings, dtype, autocast):
+    for (label, x, y), scale in itertools.product(extreme_batches(), (1.0, 100.0)):
         objective = make_objective(name, settings)
         objective.on_epoch_start(0, 4)
         leaves = [x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_(), torch.tensor(scale).requires_grad_()]
@@ -304,7 +307,7 @@ def test_nothing_overflows(name, settings, dtype):
                 output = objective(*leaves, bias, torch.arange(len(x)))
             gradients = torch.autograd.grad(output.loss, leaves)
             for what, value in zip(("loss", "x", "y", "scale"), (output.loss, *gradients), strict=True):
-                assert value.isfinite().all(), (label, scale, autocast, step, what, value)
+                assert value.isfinite().all(), (label, scale, step, what, value)
 
 
 @pytest.mark.parametrize("head_type, amortization", list(itertools.product(HEAD_TYPES, AMORTIZATION_OBJECTIVES)))

@@ -7,14 +7,12 @@ import os
 import resource
 import shutil
 import stat
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 
 from modeling_amorlip.cli_amorlip import UserError
-from tests.helpers.checkout import ROOT, TINY, environment_with_threads, pretrain
+from tests.helpers.checkout import TINY, pretrain, start_forked
 from tests.helpers.runs import assert_same_weights, build, read_metrics, train, train_until_killed
 from training.run import checkpointing
 from training.run.checkpointing import find_checkpoint, find_damage, list_checkpoints, lock_folder
@@ -61,16 +59,13 @@ def test_damaged_checkpoint_is_passed_over(run_folder, tmp_path, capsys, damage)
 def test_full_disk_leaves_the_last_checkpoint(run_folder, tmp_path):
     path, folder = run_folder[0], tmp_path / "run"
     shutil.copytree(run_folder[1], folder)
-    result = subprocess.run(
-        [sys.executable, "training/pretrain.py", "--config", path, "--output_dir", folder, "--max_steps", "6", *RESUME],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=environment_with_threads(1),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )
-    assert result.returncode == 1 and "cannot be written" in result.stderr and "Traceback" not in result.stderr
-    assert "step_00000004 is whole" in result.stderr and find_damage(list_checkpoints(folder)[-1]) is None
+    command = ("training/pretrain.py", "--config", path, "--output_dir", folder, "--max_steps", 6, *RESUME)
+    (process,) = start_forked(*command, output=tmp_path / "output")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    process.join(120)
+    said = (tmp_path / "output").read_text()
+    assert process.exitcode == 1 and "cannot be written" in said and "Traceback" not in said
+    assert "step_00000004 is whole" in said and find_damage(list_checkpoints(folder)[-1]) is None
     assert {entry.name for entry in (folder / "checkpoints").iterdir()} == {"step_00000002", "step_00000004"}
 
 

@@ -6,16 +6,14 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import datasets
 import psutil
 import pytest
 
 from modeling_amorlip.cli_amorlip import UserError
-from tests.helpers.checkout import ROOT, environment_with_threads, start
+from tests.helpers.checkout import pretrain, start_forked, start_run
 from tests.helpers.runs import assert_same_weights, build, one_thread, read_metrics, train
 from tests.helpers.shards import PLAIN, write_shards
 from training.run.checkpointing import find_damage, list_checkpoints
@@ -39,12 +37,12 @@ def test_killed_worker_costs_no_step(recipe, rows, tmp_path):
     )
     whole, hurt = tmp_path / "whole", tmp_path / "hurt"
     train(path, "--output_dir", whole)
-    process = start(path, hurt)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [pid for pid in children if b"pretrain.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(int(workers[0]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1 and "could not be read" in errors and "Traceback" not in errors, errors
+    (process,) = start_run(path, hurt)
+    worker = psutil.Process(process.pid).children()[0]
+    worker.kill()
+    process.join(120)
+    said = hurt.with_suffix(".log").read_text()
+    assert process.exitcode == 1 and "could not be read" in said and "Traceback" not in said, said
     done = len(read_metrics(hurt))
     assert done > 2
     train(path, "--output_dir", hurt, "--resume_from_checkpoint", "latest")
@@ -52,6 +50,7 @@ def test_killed_worker_costs_no_step(recipe, rows, tmp_path):
     assert_same_weights(hurt, whole)
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 def test_full_disk(recipe, rows, tmp_path):
     disk = tmp_path / "disk"
@@ -107,34 +106,32 @@ def test_kills_at_random_moments_leave_no_trace(recipe, rows, tmp_path, kills):
         per_device_train_batch_size=8,
         dataloader_num_workers=1,
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["training/pretrain.py", "--config", str(path), "--output_dir"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment_with_threads(1))
-    assert subprocess.run([*command, str(whole)], **options).returncode == 0
+    whole, killed, output = tmp_path / "whole", tmp_path / "killed", tmp_path / "output"
+    result = pretrain(path, "--output_dir", whole, launch=2)
+    assert result.returncode == 0, result.stderr
     total = len(read_metrics(whole))
     assert total == 24 * kills
     done = num_kills = 0
     for kill in range(kills):
         resume = ["--resume_from_checkpoint", "latest"] if (killed / "run_config.yaml").exists() else []
-        process = subprocess.Popen([*command, str(killed), *resume], **options)
+        command = ("training/pretrain.py", "--config", path, "--output_dir", killed, *resume)
+        ranks = start_forked(*command, output=output, processes=2)
         goal = done + moments.randint(1, max(1, 2 * (total - done) // (kills - kill + 1)))
         deadline = time.time() + 120
-        while done < goal and process.poll() is None and time.time() < deadline:
+        while done < goal and any(rank.is_alive() for rank in ranks) and time.time() < deadline:
             time.sleep(0.005)
             metrics = killed / "metrics.jsonl"
             done = metrics.read_text().count("\n") if metrics.exists() else 0
-        if process.poll() is None:
-            time.sleep(moments.random() / 20)
-            num_kills += 1
-            launcher = psutil.Process(process.pid)
-            processes = [launcher, *launcher.children(recursive=True)]
-            for member in processes:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.kill()
-            psutil.wait_procs(processes[1:], timeout=30)
-        process.wait()
-    assert num_kills >= kills - 1, "runs ended before they were killed"
-    assert subprocess.run([*command, str(killed), "--resume_from_checkpoint", "latest"], **options).returncode == 0
+        time.sleep(moments.random() / 20)
+        num_kills += all(rank.is_alive() for rank in ranks)
+        members = [psutil.Process(rank.pid) for rank in ranks if rank.is_alive()]
+        members += [child for member in members for child in member.children(recursive=True)]
+        for member in members:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(members, timeout=30)
+    assert num_kills >= kills - 1, f"runs ended before they were killed: {output.read_text()}"
+    result = pretrain(path, "--output_dir", killed, "--resume_from_checkpoint", "latest", launch=2)
+    assert result.returncode == 0, result.stderr
     assert read_metrics(killed) == read_metrics(whole)
     assert_same_weights(killed, whole)

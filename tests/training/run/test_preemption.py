@@ -3,13 +3,14 @@
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.checkout import start
+from tests.helpers.checkout import ROOT, environment_with_threads, start_run, wait_for_steps
 from tests.helpers.runs import assert_same_weights, build, one_thread, read_metrics, train
 from training.run.checkpointing import find_damage, list_checkpoints
 from training.run.preemption import PreemptionHandler, resume_arguments
@@ -29,16 +30,23 @@ def signal_in_step(trainer, step, signals):
     trainer.training_step = interrupted_step
 
 
+@pytest.fixture(scope="module")
+def whole(recipe_factory, tmp_path_factory):
+    """Return the folder of a run that was not stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(recipe_factory(folder))
+    return folder / "run"
+
+
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "signals, workers",
     [(["SIGTERM"], 1), (["SIGINT"], 0), (["SIGUSR1"], 0), (["SIGTERM", "SIGTERM"], 0), (["SIGINT", "SIGINT"], 0)],
     ids=lambda value: "-".join(value) if isinstance(value, list) else str(value),
 )
-def test_signals_stop_after_the_step_and_save_it(recipe, tmp_path, monkeypatch, capsys, signals, workers):
+def test_signals_stop_after_the_step_and_save_it(recipe, whole, tmp_path, monkeypatch, capsys, signals, workers):
     """A launcher forwards what the scheduler has sent to its processes already, so signals come twice."""
-    path = recipe(dataloader_num_workers=workers)
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    train(path, "--output_dir", whole)
+    path, stopped = recipe(dataloader_num_workers=workers), tmp_path / "stopped"
     handlers = [signal.getsignal(getattr(signal, name)) for name in signals]
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", str(path), "--output_dir", str(stopped)])
     with one_thread():
@@ -95,22 +103,41 @@ def wait_for_end(pids, seconds=60):
         time.sleep(0.05)
 
 
+def assert_stopped_with_a_checkpoint(folder, said):
+    assert "Stopped by" in said, said
+    newest = list_checkpoints(folder)[-1]
+    assert find_damage(newest) is None and int(newest.name[5:]) == read_metrics(folder)[-1]["step"]
+
+
 @pytest.mark.e2e
-@pytest.mark.parametrize(
-    "name, targets", [("SIGUSR1", "one process"), ("SIGTERM", "launcher and processes"), ("SIGUSR1", "launcher")]
-)
+@pytest.mark.parametrize("name, targets", [("SIGTERM", "launcher and processes"), ("SIGUSR1", "launcher")])
 def test_signals_to_torchrun_and_its_processes(recipe, tmp_path, name, targets):
-    process = start(recipe(num_train_epochs=4000, per_device_train_batch_size=8), tmp_path / "run", launch=2)
-    ranks, number = children_of(process), getattr(signal, name)
-    if targets == "one process":
-        os.kill(ranks[-1], number)
-    elif targets == "launcher":
-        os.kill(process.pid, number)  # which torchrun does not handle: it ends and leaves its processes alone
-    else:
-        for pid in (process.pid, *ranks):
-            os.kill(pid, number)
+    path, folder = recipe(num_train_epochs=4000, per_device_train_batch_size=8), tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        + ["training/pretrain.py", "--config", path, "--output_dir", folder],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment_with_threads(1),
+    )
+    wait_for_steps(folder, lambda: process.poll() is None, lambda: process.communicate()[1])
+    ranks = children_of(process)
+    # torchrun does not handle SIGUSR1: it ends and leaves its processes alone.
+    for pid in [process.pid, *(ranks if targets != "launcher" else [])]:
+        os.kill(pid, getattr(signal, name))
     said, errors = process.communicate(timeout=120)
     wait_for_end(ranks)
-    assert "Stopped by" in said, errors
-    newest = list_checkpoints(tmp_path / "run")[-1]
-    assert find_damage(newest) is None and int(newest.name[5:]) == read_metrics(tmp_path / "run")[-1]["step"]
+    assert_stopped_with_a_checkpoint(folder, said + errors)
+
+
+@pytest.mark.e2e
+def test_a_signal_to_one_process_stops_all(recipe, tmp_path):
+    path, folder = recipe(num_train_epochs=4000, per_device_train_batch_size=8), tmp_path / "run"
+    ranks = start_run(path, folder, processes=2)
+    os.kill(ranks[-1].pid, signal.SIGUSR1)
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert_stopped_with_a_checkpoint(folder, folder.with_suffix(".log").read_text())

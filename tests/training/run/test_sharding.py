@@ -1,18 +1,15 @@
 """FSDP2: settings, what is sharded, and runs that train, stop and continue as with whole models."""
 
-import os
 import random
 import shutil
-import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from modeling_amorlip import AmorLIPModel
 from modeling_amorlip.cli_amorlip import UserError
-from tests.helpers.checkout import TINY, pretrain, run, start
+from tests.helpers.checkout import TINY, pretrain, run, start_run
 from tests.helpers.runs import assert_same_weights, build, read_metrics
 from tests.helpers.towers import TOWERS, make_config
 from training.model.encoder import PairEncoder
@@ -159,15 +156,15 @@ def test_killed_run_goes_on_with_any_number_of_processes(recipe, tmp_path, monke
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert pretrain(path, "--output_dir", whole, launch=2).returncode == 0
-    process = start(path, killed, launch=2)
+    ranks = start_run(path, killed, processes=2)
     moment = random.Random(1).randint(5, 40)
     while len(list_checkpoints(killed)) < moment:
-        assert process.poll() is None
+        assert all(process.is_alive() for process in ranks)
         time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in (process.pid, *map(int, children)):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
+    for process in ranks:
+        process.kill()
+    for process in ranks:
+        process.join()
     for processes in (1, 2, 4):
         folder = tmp_path / f"on{processes}"
         shutil.copytree(killed, folder)

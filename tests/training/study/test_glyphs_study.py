@@ -57,6 +57,7 @@ def test_methods_train_on_the_miniature(method, tmp_path):
     assert all(abs(line["loss"]) < float("inf") for line in lines) and lines[-1]["skipped_steps"] == 0
 
 
+@pytest.mark.e2e
 def test_run_is_trained_and_measured(tmp_path):
     harness, run = make_harness(tmp_path, evaluations=1, partition_pairs=48), Run("amorlip", 0, 16, 0)
     train(harness, run)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +14,7 @@ import pytest
 import yaml
 
 from modeling_amorlip.cli_amorlip import UserError
-from tests.helpers.checkout import DEMO, ROOT, TINY, environment_with_threads, run
+from tests.helpers.checkout import DEMO, ROOT, TINY, run, start_forked
 from training.config import PretrainConfig, build
 from training.objectives import OBJECTIVES
 from training.study import study as study_script
@@ -150,34 +148,28 @@ def test_run_with_other_settings_is_refused(values, main, trained, tmp_path, cap
 def test_stopped_study_resumes_inside_a_run(values, data_dir, tmp_path):
     methods = {"ours": {**values["methods"]["ours_0.5"], "grid": {}}}
     study = {**values, "grid": {}, "methods": methods, "seeds": [0], "jobs": 1, "baseline": "ours"}
-    study["overrides"] = {"num_train_epochs": 30}
+    study["overrides"] = {"num_train_epochs": 12}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     command = ["training/study/study.py", "--config", tmp_path / "study.yaml", "--output_dir", tmp_path]
     command += ["--data_dir", data_dir]
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=environment_with_threads(1),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    (process,) = start_forked(*command, output=tmp_path / "output")
     folder = tmp_path / "runs/ours-setting0-batch16-seed0"
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 20):
-        assert time.monotonic() < deadline and process.poll() is None
+    while not (metrics.exists() and metrics.read_text().count("\n") > 10):
+        assert time.monotonic() < deadline and process.is_alive()
         time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 143 and not (folder / "result.json").exists()
-    assert 20 < metrics.read_text().count("\n") < 180
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 143 and not (folder / "result.json").exists()
+    assert 10 < metrics.read_text().count("\n") < 72
     result = run(*command)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert [json.loads(line)["step"] for line in metrics.open()] == list(range(1, 181))
+    assert [json.loads(line)["step"] for line in metrics.open()] == list(range(1, 73))
     starts = [line for line in folder.with_suffix(".log").read_text().splitlines() if line.startswith("Start ")]
-    assert len(starts) == 2 and starts[0].split()[1:3] == ["step", "0"] and int(starts[1].split()[2]) > 20
+    assert len(starts) == 2 and starts[0].split()[1:3] == ["step", "0"] and int(starts[1].split()[2]) > 10
     (row,) = json.loads((tmp_path / "results.json").read_text())["report"]
-    assert row["samples_seen"] == 180 * 16 and [p["samples_seen"] for p in row["curve"]] == [90 * 16, 180 * 16]
+    assert row["samples_seen"] == 72 * 16 and [p["samples_seen"] for p in row["curve"]] == [36 * 16, 72 * 16]
     assert row["calibrated"]["tiny"].keys() == {"cosine", "gallery", "amortized", "before"}
     assert row["partition"].keys() == {"spread", "batch_error", "head_error", "head_bias"}
 

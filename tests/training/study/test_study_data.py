@@ -28,6 +28,7 @@ def captions_of(rows, *styles):
     return [caption for caption, style in zip(rows["caption"], rows["style"], strict=True) if style in styles]
 
 
+@pytest.mark.e2e
 def test_reported_style_is_held_out(main, demo_rows, tmp_path):
     assert main("--reported", "twemoji") == 0
     trained, reported = load(tmp_path, "study_train"), load(tmp_path, "twemoji")
