@@ -54,14 +54,16 @@ def check_image_values(rows: datasets.Dataset, column: str, source: str, folder:
     """Check the first rows for images in a form that cannot be read.
 
     Raises:
-        UserError: images are URLs, lists of images or numbers, or none of the files that they name is there.
+        UserError: images are URLs, lists of images, numbers, or structs without `bytes` and `path`, or none of the
+            files that they name is there.
     """
-    missing = []
+    missing, where = [], f"image_column {column!r} of {source}"
     for row in range(min(MAX_CHECKED, len(rows))):
         value = rows[row][column]
         if isinstance(value, dict):
+            if not {"bytes", "path"} & value.keys():
+                raise UserError(f"{where} holds structs of {', '.join(value)}; they must have `bytes` or `path`.")
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
-        where = f"image_column {column!r} of {source}"
         if isinstance(value, str) and URL.match(value):
             raise UserError(
                 f"{where} holds URLs ({value[:80]}): download the images first, for example by img2dataset."

@@ -174,6 +174,10 @@ def test_paths_lie_beside_the_table_first(folder, tmp_path_factory, monkeypatch)
     "images, message",
     [
         (["https://example.org/0.png"] * 4, "holds URLs .*img2dataset"),
+        (
+            [{"file": file, "width": 3} for file in FILES],
+            "holds structs of file, width; they must have `bytes` or `path`",
+        ),
         ([[{"bytes": file}] for file in FILES], "holds lists of dicts; it must hold one image per row"),
         ([1, 2, 3, 4], "holds ints; it must hold paths or encoded images"),
     ],
