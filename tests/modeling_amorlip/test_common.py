@@ -238,8 +238,8 @@ def test_attention_implementations(saved, case):
         torch.testing.assert_close(gradient, sdpa[1][name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.e2e  # compilation takes long
-@pytest.mark.parametrize("case", ["dinov2-bert", pytest.param("clip", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_capabilities.py compiles losses always
+@pytest.mark.parametrize("case", ["clip", "dinov2-bert"])
 def test_compiled(saved, case):
     model = copy.deepcopy(saved(case)[0])
     inputs = make_inputs(model)

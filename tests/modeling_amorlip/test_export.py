@@ -67,9 +67,7 @@ def run_session(path, outputs, **inputs):
     return [torch.tensor(value) for value in values]
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in ("siglip", "resnet-causal") else pytest.param(name, marks=slow) for name in TOWERS]
-)
+@pytest.mark.parametrize("name", [name if name == "siglip" else pytest.param(name, marks=slow) for name in TOWERS])
 def test_onnx_in_onnxruntime(name, tmp_path):
     """Embeddings and probabilities of any number of images and texts, of any length; SigLIP's without a mask."""
     model, has_mask = make_model(name), name != "siglip"

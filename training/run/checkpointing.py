@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -276,10 +277,22 @@ def lock_folder(folder: Path) -> IO[str]:
         if error.errno not in UNSUPPORTED:
             raise
         _warn_once(f"The file system of {folder} has no locks ({error.strerror}): start only one run in this folder.")
+    _close_in_forked_processes(file)
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def _close_in_forked_processes(file: IO[str]) -> None:
+    """Keep a lock from outliving its process: forked data workers have its files open, and end seconds later."""
+    reference = weakref.ref(file)
+
+    def close() -> None:
+        if (inherited := reference()) is not None:
+            inherited.close()
+
+    os.register_at_fork(after_in_child=close)
 
 
 def _hash_file(file: Path) -> str:

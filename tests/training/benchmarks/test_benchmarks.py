@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from tests.helpers.checkout import TINY
+from tests.helpers.checkout import TINY, run
 from training.benchmarks.timing import time_in_turns
 
 
@@ -138,7 +138,10 @@ def test_billion_pairs_benchmark(monkeypatch, tmp_path):
 
 
 @pytest.mark.e2e
-def test_step_benchmark(main, tmp_path, small_data):
+def test_step_benchmark(main, monkeypatch, tmp_path, small_data):
+    from training.benchmarks import step
+
+    monkeypatch.setattr(step.subprocess, "run", lambda command, **_: run(*command[1:], launch=1))
     tiny = {key: TINY[key] for key in ("projection_dim", "vision_config", "text_config")}
     options = ["--objectives", "amorlip", "--batch_size", 16, "--steps", 2, "--rounds", 1]
     options += ["--overrides", json.dumps({"train_data": str(small_data), **tiny})]

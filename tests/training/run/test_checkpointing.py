@@ -3,10 +3,12 @@
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import resource
 import shutil
 import stat
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +77,21 @@ def test_folder_serves_one_run_at_a_time(recipe, tmp_path):
     with lock_folder(tmp_path / "run"), pytest.raises(UserError, match=f"in use by another run .process {os.getpid()}"):
         train(path)
     train(path)
+
+
+def test_data_workers_do_not_keep_a_folder_locked(tmp_path):
+    """Those of a run that is killed end seconds after it."""
+    file, context = lock_folder(tmp_path), multiprocessing.get_context("fork")
+    ready, ours = context.Pipe()
+    worker = context.Process(target=lambda: (ours.send("ready"), time.sleep(60)))
+    worker.start()
+    ready.recv()
+    with pytest.raises(UserError, match="in use"):
+        lock_folder(tmp_path)
+    file.close()
+    lock_folder(tmp_path).close()
+    worker.kill()
+    worker.join()
 
 
 def test_checkpoints_kept_for_good(recipe, tmp_path):

@@ -110,8 +110,8 @@ def assert_stopped_with_a_checkpoint(folder, said):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("name, targets", [("SIGTERM", "launcher and processes"), ("SIGUSR1", "launcher")])
-def test_signals_to_torchrun_and_its_processes(recipe, tmp_path, name, targets):
+def test_a_signal_to_torchrun_and_its_processes(recipe, tmp_path):
+    """As a scheduler sends it. test_launchers.py has all signals, launchers and targets."""
     path, folder = recipe(num_train_epochs=4000, per_device_train_batch_size=8), tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -124,9 +124,8 @@ def test_signals_to_torchrun_and_its_processes(recipe, tmp_path, name, targets):
     )
     wait_for_steps(folder, lambda: process.poll() is None, lambda: process.communicate()[1])
     ranks = children_of(process)
-    # torchrun does not handle SIGUSR1: it ends and leaves its processes alone.
-    for pid in [process.pid, *(ranks if targets != "launcher" else [])]:
-        os.kill(pid, getattr(signal, name))
+    for pid in (process.pid, *ranks):
+        os.kill(pid, signal.SIGTERM)
     said, errors = process.communicate(timeout=120)
     wait_for_end(ranks)
     assert_stopped_with_a_checkpoint(folder, said + errors)
