@@ -183,10 +183,10 @@ class Trainer:
         with self.timer.waiting_for_data():
             try:
                 batch = next(batches)
-            except (RuntimeError, OSError) as error:  # a worker was lost
+            except (RuntimeError, OSError, EOFError) as error:  # a worker was lost, perhaps while it passed a batch on
+                cause = str(error).partition("\n")[0] or "A data worker has ended."
                 raise UserError(
-                    f"Data for step {step} could not be read: {str(error).splitlines()[0]} "
-                    "Continue with --resume_from_checkpoint latest."
+                    f"Data for step {step} could not be read: {cause} Continue with --resume_from_checkpoint latest."
                 ) from error
             self.bad_samples.record(batch, step)
         return batch

@@ -18,6 +18,7 @@ from modeling_amorlip.cli_amorlip import UserError
 from tests.helpers.checkout import DEMO, ROOT, run
 
 
+TOWERS = ({"image_size": 32, "patch_size": 16, "num_hidden_layers": 1}, {"vocab_size": 50, "num_hidden_layers": 1})
 PICTURE = (ROOT / "docs/images/curves.png").read_bytes()
 
 
@@ -115,7 +116,7 @@ def test_a_models_code_is_not_run(model_with_code, tmp_path):
 
 def test_a_folders_own_copy_of_our_code_is_not_run(tmp_path):
     """Where the package is installed, it is the one that loads a model, whatever code the folder brings."""
-    model = AmorLIPModel.from_encoders({"image_size": 32, "patch_size": 16}, {"vocab_size": 50})
+    model = AmorLIPModel.from_encoders(*TOWERS)
     model.save_pretrained(tmp_path / "model")
     for path in (tmp_path / "model").glob("*.py"):
         path.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
@@ -124,7 +125,7 @@ def test_a_folders_own_copy_of_our_code_is_not_run(tmp_path):
 
 
 def test_a_pickle_in_the_place_of_weights_is_refused(tmp_path):
-    model = AmorLIPModel.from_encoders({"image_size": 32, "patch_size": 16}, {"vocab_size": 50})
+    model = AmorLIPModel.from_encoders(*TOWERS)
     model.config.save_pretrained(tmp_path / "model")
     torch.save({"logit_scale": Bomb(tmp_path / "ran")}, tmp_path / "model/pytorch_model.bin")
     with pytest.raises(pickle.UnpicklingError, match="Unsupported global"):

@@ -216,6 +216,24 @@ def test_data_that_fails_in_an_epochs_first_step(recipe, tmp_path):
     assert read_metrics(hurt) == read_metrics(whole)
 
 
+@pytest.mark.parametrize(
+    "error, cause",
+    [
+        (EOFError(), "A data worker has ended."),  # it was lost while it passed a batch on
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nMore"), "worker .pid 7. is killed"),
+        (ConnectionResetError(104, "Connection reset by peer"), "Connection reset"),
+    ],
+)
+def test_lost_workers_end_a_run_with_a_sentence(recipe, error, cause):
+    def batches():
+        raise error
+        yield
+
+    trainer = build(recipe())
+    with pytest.raises(UserError, match=f"Data for step 1 could not be read: .*{cause}.* Continue with [^\n]*$"):
+        trainer._next_batch(batches())
+
+
 def test_data_that_has_changed_is_refused(recipe, small_data, tmp_path):
     data = tmp_path / "pairs.parquet"
     shutil.copy(small_data, data)
