@@ -34,14 +34,14 @@ RECIPE = {  # the defaults of Transformers' configurations are CLIP's ViT-B/32
 
 def recipe_of(name: str, output_dir: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the recipe of one run of an objective."""
-    objective, _, option = name.partition("+")
+    objective, compiled, _ = name.partition("+compile")
     values: dict[str, Any] = {
         **RECIPE,
         "objective": objective,
         "output_dir": str(output_dir),
         "max_steps": arguments.steps + 1,
         "per_device_train_batch_size": arguments.batch_size,
-        "compile": option == "compile",
+        "compile": bool(compiled),
     }
     if objective == "amorlip":
         values["objective_args"] = {"online_every": arguments.online_every}
