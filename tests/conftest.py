@@ -18,9 +18,6 @@ import pytest
 import torch
 import yaml
 
-from eval import plots
-from training import trainer
-
 
 torch.set_num_threads(1)  # as many workers of pytest-xdist as cores share the machine
 
@@ -60,17 +57,22 @@ def no_process_of_its_own(request, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", Popen)
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(scope="session")
 def no_training_curves():
     """Leave out the plot at the end of training runs, which takes as long as ten steps of a tiny one."""
+    from training import trainer  # here, since environments of other libraries lack what training needs
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "training_curves", lambda logs, path: None)
         yield
 
 
 @pytest.fixture(scope="module")
-def training_curves():
+def training_curves(no_training_curves):
     """Let the runs of a module draw their curves."""
+    from eval import plots
+    from training import trainer
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "training_curves", plots.training_curves)
         yield
@@ -91,7 +93,7 @@ def small_data(demo_rows, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def recipe_factory(small_data):
+def recipe_factory(no_training_curves, small_data):
     """Return a function that writes a tiny recipe with changes into a folder, and returns its path."""
 
     def write(folder: Path, **changes) -> Path:

@@ -184,9 +184,9 @@ class Trainer:
             try:
                 batch = next(batches)
             except (RuntimeError, OSError, EOFError) as error:  # a worker was lost, perhaps while it passed a batch on
-                cause = str(error).partition("\n")[0] or "A data worker has ended."
+                cause = str(error).partition("\n")[0].rstrip(". ") or "A data worker has ended"
                 raise UserError(
-                    f"Data for step {step} could not be read: {cause} Continue with --resume_from_checkpoint latest."
+                    f"Data for step {step} could not be read: {cause}. Continue with --resume_from_checkpoint latest."
                 ) from error
             self.bad_samples.record(batch, step)
         return batch

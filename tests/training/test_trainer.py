@@ -219,8 +219,11 @@ def test_data_that_fails_in_an_epochs_first_step(recipe, tmp_path):
 @pytest.mark.parametrize(
     "error, cause",
     [
-        (EOFError(), "A data worker has ended."),  # it was lost while it passed a batch on
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nMore"), "worker .pid 7. is killed"),
+        (EOFError(), "A data worker has ended"),  # it was lost while it passed a batch on
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nMore"),
+            "pid 7. is killed by signal: Killed",
+        ),
         (ConnectionResetError(104, "Connection reset by peer"), "Connection reset"),
     ],
 )
@@ -230,7 +233,7 @@ def test_lost_workers_end_a_run_with_a_sentence(recipe, error, cause):
         yield
 
     trainer = build(recipe())
-    with pytest.raises(UserError, match=f"Data for step 1 could not be read: .*{cause}.* Continue with [^\n]*$"):
+    with pytest.raises(UserError, match=f"Data for step 1 could not be read: .*{cause}[^.]*[.] Continue with [^\n]*$"):
         trainer._next_batch(batches())
 
 
