@@ -25,6 +25,12 @@ LAUNCHERS = {
     "python": [],
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
     "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"],
+    "accelerate of two": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+}
+FSDP2_CONFIG = ["--config_file", "training/accelerate_configs/fsdp2.yaml", "--mixed_precision", "no"]
+SHARDED_LAUNCHERS = {
+    "torchrun sharded": (LAUNCHERS["torchrun"], FSDP),
+    "accelerate sharded": (["-m", "accelerate.commands.launch", *FSDP2_CONFIG, "--num_processes", "2"], {}),
 }
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
@@ -48,7 +54,7 @@ def is_alive(pid):
 def start(launcher, path, folder, *options, variables=None):
     """Start a run in the background, and return it once it has logged three steps."""
     process = subprocess.Popen(
-        [sys.executable, *LAUNCHERS[launcher], "training/pretrain.py", "--config", path, "--output_dir", folder]
+        [sys.executable, *launcher, "training/pretrain.py", "--config", path, "--output_dir", folder]
         + list(map(str, options)),
         cwd=ROOT,
         text=True,
@@ -81,7 +87,7 @@ def wait_until_all_have_ended(process, pids):
 @pytest.mark.parametrize("target", ["launcher", "all"])
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
 def test_signals_end_in_a_checkpoint(recipe, tmp_path, launcher, name, times, target):
     path, folder = recipe(num_train_epochs=4000, per_device_train_batch_size=8), tmp_path / "run"
     process = start(launcher, path, folder)
@@ -98,18 +104,21 @@ def test_signals_end_in_a_checkpoint(recipe, tmp_path, launcher, name, times, ta
     assert "Stopped by" in said and "--resume_from_checkpoint latest" in said, said
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_runs_stopped_at_random_moments_go_on_exactly(recipe, tmp_path, launcher, name, sharded):
+@pytest.mark.parametrize(
+    "launcher, variables, is_sharded",
+    [
+        *(pytest.param(words, {}, False, id=name) for name, words in LAUNCHERS.items()),
+        *(pytest.param(*launch, True, id=name) for name, launch in SHARDED_LAUNCHERS.items()),
+    ],
+)
+def test_runs_stopped_at_random_moments_go_on_exactly(recipe, tmp_path, launcher, variables, is_sharded, name):
     """Stop a run twenty times (STOPS sets another number), and continue each time."""
-    if sharded and launcher != "torchrun":
-        pytest.skip("a single process has nothing to shard")
-    variables = FSDP if sharded else {}
     stops = int(os.environ.get("STOPS", "20"))
     path = recipe(max_steps=40 * stops, num_train_epochs=4000, checkpoint_every=7, per_device_train_batch_size=8)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    wait_until_all_have_ended(start(launcher, path, whole, variables=variables), [])
+    said = wait_until_all_have_ended(start(launcher, path, whole, variables=variables), [])
+    assert ("Sharding    FSDP2" in said) == is_sharded, said
     moments = random.Random(stops)
     for number in range(stops):
         resume = ("--resume_from_checkpoint", "latest") if number else ()
