@@ -8,6 +8,7 @@ an animation is used.
 
 from __future__ import annotations
 
+import functools
 import io
 from pathlib import Path
 
@@ -48,8 +49,13 @@ def _raster_extensions() -> frozenset[str]:
 IMAGE_EXTENSIONS = _raster_extensions()
 
 
-def _image_formats() -> list[str]:
-    """Return the formats that are opened: not PostScript, which Pillow hands to Ghostscript whatever a file's name."""
+@functools.cache
+def _image_formats(num_known: int) -> list[str]:
+    """Return the formats that are opened: not PostScript, which Pillow hands to Ghostscript whatever a file's name.
+
+    Args:
+        num_known: how many formats Pillow knows; plugins add to them.
+    """
     others = [name for name in Image.ID if name not in NOT_RASTER and name not in COMMON_FORMATS]
     return [name for name in COMMON_FORMATS if name in Image.OPEN] + others
 
@@ -73,7 +79,8 @@ def open_image(source: bytes | str | Path | Image.Image, max_pixels: int | None 
     if isinstance(source, Image.Image):
         image = source
     else:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_image_formats())
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        image = Image.open(file, formats=_image_formats(len(Image.ID)))
     if max_pixels is not None and image.width * image.height > max_pixels:
         raise ValueError(f"{image.width} x {image.height} pixels are more than max_image_pixels {max_pixels}")
     image = _upright(image)
@@ -102,13 +109,21 @@ def preprocess_images(image_processor, images: list[Image.Image]) -> Tensor:
     if not (image_processor.do_rescale and image_processor.do_normalize):
         return image_processor(images, return_tensors="pt")["pixel_values"]
     # The processor would rescale image by image, and resize to the size that they have already: five times the work.
-    if all(_has_final_size(image, image_processor) for image in images):
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    if len({image.size for image in images}) == 1 and _has_final_size(images[0], image_processor):
+        pixels = torch.from_numpy(_stack(images)).permute(0, 3, 1, 2)
     else:
         pixels = image_processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
-    factor = image_processor.rescale_factor
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (image_processor.image_mean, image_processor.image_std))
-    return pixels.sub(mean / factor).mul_(factor / std)
+    return torch.addcmul(-mean / std, pixels.float(), image_processor.rescale_factor / std)
+
+
+def _stack(images: list[Image.Image]) -> np.ndarray:
+    """Return the pixels of RGB images of one size, uint8 [N, H, W, 3], exported once instead of image by image."""
+    width, height = images[0].size
+    column = Image.new("RGB", (width, height * len(images)))
+    for number, image in enumerate(images):
+        column.paste(image, (0, number * height))
+    return np.array(column).reshape(len(images), height, width, 3)
 
 
 def _has_final_size(image: Image.Image, image_processor) -> bool:

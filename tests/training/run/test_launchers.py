@@ -76,7 +76,7 @@ def read_lines(folder):
 
 
 def wait_until_all_have_ended(process, pids):
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=900)
     deadline = time.time() + 120
     while any(map(is_alive, pids)):
         assert time.time() < deadline, "processes did not end"
