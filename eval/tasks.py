@@ -13,7 +13,14 @@ from modeling_amorlip.cli_amorlip import UserError
 
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("classification", "retrieval", "winogavil")
+RECALLS = ("mean_recall@1", *(f"{name}_retrieval_recall@{k}" for name in ("text", "image") for k in (1, 5, 10)))
+METRICS = {
+    "classification": ("acc1", "acc5", "mean_per_class_recall", "F1-macro_all")
+    + ("acc_worst_region", "acc_wg", "acc_top5_wg"),
+    "retrieval": RECALLS,
+    "winogavil": ("jaccard_score", "jaccard_score_5-6", "jaccard_score_10-12"),
+}
+"""The kinds of tasks, with the metrics that a task of each may name as its main one; the first is the default."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +31,8 @@ class Task:
     Args:
         name: Key in tasks.yaml.
         title: Name shown in tables and cards.
-        kind: One of `KINDS`.
-        main_metric: Metric that aggregates, cards and plots take.
+        kind: One of `METRICS`.
+        main_metric: Metric that aggregates, cards and plots take; one of `METRICS`, the first of the kind if empty.
         repositories: Data sets on the Hub with the same content; a folder with the name of one holds the data.
         data: Parquet file, folder or Hub name for `datasets`, relative to the data folder; replaces `repositories`.
         texts: JSON file with `classes` (one name per label) and `templates`; defaults to the label column's own names.
@@ -45,7 +52,7 @@ class Task:
     name: str
     title: str = ""
     kind: str = "classification"
-    main_metric: str = "acc1"
+    main_metric: str = ""
     repositories: tuple[str, ...] = ()
     data: str | None = None
     texts: str | None = None
@@ -62,8 +69,15 @@ class Task:
     pixel_baseline: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(f"Task {self.name}: kind is {self.kind!r}; choose one of {', '.join(KINDS)}.")
+        if self.kind not in METRICS:
+            raise UserError(f"Task {self.name}: kind is {self.kind!r}; choose one of {', '.join(METRICS)}.")
+        metrics = METRICS[self.kind] + (RECALLS if self.class_retrieval else ())
+        if not self.main_metric:
+            object.__setattr__(self, "main_metric", metrics[0])
+        elif self.main_metric not in metrics:
+            raise UserError(
+                f"Task {self.name}: main_metric is {self.main_metric!r}; a {self.kind} task has {', '.join(metrics)}."
+            )
         if bool(self.repositories) == bool(self.data):
             raise UserError(f"Task {self.name} needs either repositories or data.")
 

@@ -15,7 +15,7 @@ from eval.evaluators.probes import knn
 from eval.models import load_model
 from eval.report import read_report
 from eval.runner import EvaluationOptions, evaluate_task
-from eval.tasks import known_tasks, select_tasks
+from eval.tasks import METRICS, known_tasks, select_tasks
 from modeling_amorlip.cli_amorlip import UserError
 from modeling_amorlip.embedder_amorlip import encode_images, encode_texts
 from tests.helpers.checkout import run
@@ -78,13 +78,16 @@ def test_every_datacomp_task_runs_on_its_layout(model_folder, pictures, tmp_path
     assert run_main(monkeypatch, eval.run, "--model", model_folder, "--tasks", "datacomp", *options) == 0
     report = read_report(output)
     assert len(report.tasks) == 38
+    names = {kind: set() for kind in METRICS}
     for i, task in enumerate(tasks):
         result = report.tasks[task.name]
+        names[task.kind] |= set(result.metrics)
         assert result.status == "partial" and f"instead of {task.size}" in result.reason
         assert result.hub_dataset == task.repositories[i % len(task.repositories)]
         low, high = result.metrics[task.main_metric].ci95
         assert 0 <= low <= high <= 1 and 0 <= result.value <= 1
         assert set(result.scores) == ({"cosine"} if task.kind == "winogavil" else {"cosine", *EXTRA})
+    assert names == {kind: set(metrics) for kind, metrics in METRICS.items()}
     assert report.aggregates["datacomp_38"].value is None and "incomplete" in capsys.readouterr().out
     assert Image.open(output.with_suffix(".png")).height > 500  # 38 bars
 

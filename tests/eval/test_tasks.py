@@ -32,8 +32,10 @@ def write(tmp_path, text):
 
 
 def test_selects_by_group_and_file(tmp_path):
-    file = write(tmp_path, "a: {data: x}\n2: {repositories: [u/b], ignored_groups: [5], random_score: 0}")
-    assert [task.name for task in select_tasks([file])] == ["a", "2"]
+    file = write(
+        tmp_path, "a: {data: x, kind: retrieval}\n2: {repositories: [u/b], ignored_groups: [5], random_score: 0}"
+    )
+    assert [(task.name, task.main_metric) for task in select_tasks([file])] == [("a", "mean_recall@1"), ("2", "acc1")]
     assert load_task(f"{file}:2").ignored_groups == (5,)
     assert len(select_tasks(["datacomp", "imagenet1k"])) == 38
     with pytest.raises(UserError, match="is a group of 38 tasks"):
@@ -44,6 +46,8 @@ def test_selects_by_group_and_file(tmp_path):
     "text, message",
     [
         ("mine: {data: a, kind: guess}", "choose one of classification"),
+        ("mine: {data: a, main_metric: accuracy}", "main_metric is 'accuracy'; a classification task has acc1, acc5"),
+        ("mine: {data: a, kind: retrieval, main_metric: acc1}", "a retrieval task has mean_recall@1, text_"),
         ("mine: {dta: a}", r"did you mean data\?"),
         ("mine: {}", "needs either repositories or data"),
         ("[1, 2", "is not YAML"),

@@ -1,13 +1,22 @@
-"""The demo: a short run always, the whole one with `pytest -m slow`."""
+"""The demo: a short run always, the whole one with `pytest -m slow`.
+
+DEMO_MODEL names the folder of a whole run that has been made, to check instead of a new one.
+"""
 
 import contextlib
 import io
 import json
+import os
+from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from PIL import Image
 
+from eval.models import load_model
+from eval.runner import evaluate_task
+from eval.tasks import load_task
 from tests.helpers.checkout import DEMO, ROOT, run
 from tests.helpers.runs import read_metrics, train
 
@@ -61,10 +70,55 @@ def test_command_line_gives_the_trainers_results(short, tmp_path):
     assert values == expected
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a whole run, and what it has of the demo's task."""
+    folder = Path(os.environ.get("DEMO_MODEL", tmp_path_factory.mktemp("demo") / "model"))
+    if not folder.exists():
+        result = run("training/pretrain.py", "--config", RECIPE, "--output_dir", folder, threads=2, timeout=3600)
+        assert result.returncode == 0, result.stderr
+    (result,) = json.loads((folder / "eval.jsonl").read_text())["results"]
+    return folder, result
+
+
 @pytest.mark.slow
-def test_whole_demo(tmp_path):
-    result = run("training/pretrain.py", "--config", RECIPE, "--output_dir", tmp_path / "demo", threads=2, timeout=1200)
-    assert result.returncode == 0, result.stderr
-    (result,) = json.loads((tmp_path / "demo/eval.jsonl").read_text())["results"]
-    metrics = result["scores"]["cosine"]
-    assert metrics["acc1"]["value"] > max(0.10, result["pixel_baseline"]) and metrics["acc5"]["value"] > 0.25
+def test_whole_demo(whole):
+    metrics = whole[1]["scores"]["cosine"]
+    assert metrics["acc1"]["value"] > max(0.10, whole[1]["pixel_baseline"]) and metrics["acc5"]["value"] > 0.25
+
+
+class OnnxModel(torch.nn.Module):
+    """The encoders of an exported folder, as the evaluation calls them."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, folder, config, suffix):
+        super().__init__()
+        onnxruntime = pytest.importorskip("onnxruntime")
+        self.config, self.sessions = config, {}
+        for name in ("vision", "text"):
+            self.sessions[name] = onnxruntime.InferenceSession(folder / f"onnx/{name}_model{suffix}.onnx")
+
+    def _run(self, name, inputs):
+        (embeds,) = self.sessions[name].run(None, {key: value.numpy() for key, value in inputs.items()})
+        return torch.tensor(embeds)
+
+    def get_image_features(self, **inputs):
+        return self._run("vision", inputs)
+
+    def get_text_features(self, **inputs):
+        return self._run("text", inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["", "_quantized"])
+def test_exported_demo_keeps_its_accuracy(whole, tmp_path, suffix):
+    """With 8-bit weights as well, within half a point."""
+    folder, result = whole
+    command = ("-m", "modeling_amorlip.export_amorlip", "--model", folder, "--output", tmp_path, "--quantize")
+    assert run(*command).returncode == 0
+    model, processor = load_model(str(folder))
+    onnx_model = OnnxModel(tmp_path, model.config, suffix)
+    exported = evaluate_task(onnx_model, processor, load_task("emoji_openmoji"), resamples=0)
+    print(f"acc1{suffix}: {exported.value:.4f}, {result['scores']['cosine']['acc1']['value']:.4f} before the export")
+    assert abs(exported.value - result["scores"]["cosine"]["acc1"]["value"]) < 0.005
